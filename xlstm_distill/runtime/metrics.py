@@ -1,0 +1,92 @@
+"""`metrics.jsonl` and TensorBoard of a job, written by rank 0."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Metrics:
+    """One line of `metrics.jsonl` per call of `log`: `{"time", "step", "total", NAME: number, …}`.
+
+    `step` of `total` is what the progress bars of `xdl launch` and `xdl status` show, in whatever unit the stage
+    counts. Names with a slash (`loss/ce`) become groups in TensorBoard.
+
+    Args:
+        folder: the job folder.
+        total: the last step.
+        resume_at: after a resume, the step of the checkpoint: later lines of an earlier process are dropped.
+        enabled: False on ranks that do not write.
+        tensorboard: whether to write TensorBoard events besides.
+    """
+
+    def __init__(
+        self, folder: Path, total: int, *, resume_at: int | None = None, enabled: bool = True, tensorboard: bool = False
+    ) -> None:
+        self.total = total
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if resume_at is not None:
+            keep_until(path, resume_at)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at)
+
+    def log(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        """Record `values` at `step`."""
+        if self._file is None:
+            return
+        record = {"time": round(time.time(), 3), "step": step, "total": self.total, **(values or {})}
+        self._file.write(json.dumps(record) + "\n")
+        if self._board:
+            for name, value in (values or {}).items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._file:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The records of a job's `metrics.jsonl`; a last line that a kill cut short is left out."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines after `step`: they came from steps that a resumed run does again."""
+    if not path.exists():
+        return
+    kept = [r for r in read_metrics(path.parent) if r["step"] <= step]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    beside.replace(path)
