@@ -1,8 +1,71 @@
-"""`python -m xlstm_distill JOB_DIR` runs one stage; `python -m xlstm_distill report|generate …` the torch commands."""
+"""`python -m xlstm_distill JOB_DIR` runs one stage; further names start what belongs around it.
 
+    prepare JOB_DIR     ready a job folder before its ranks start; exit code 3: the job is done already
+    report …            scores → Markdown, HTML, plots
+    generate …          text from a student
+
+Each is imported when it is asked for.
+"""
+
+import importlib
+import os
 import sys
+from pathlib import Path
 
-from xlstm_distill.stages import main
+from xlstm_distill.contract.exitcode import DONE, MISTAKE, Mistake
+
+COMMANDS = {
+    "report": "xlstm_distill.evaluate.report",
+    "generate": "xlstm_distill.evaluate.generate",
+}
+"""Name → module whose `main(arguments)` returns an exit code."""
+ALREADY_DONE = 3
+"""Exit code of `prepare` for a finished job, so that spare segments end in a second."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run what `arguments` names and return the exit code."""
+    if arguments and arguments[0] in COMMANDS:
+        return _command(COMMANDS[arguments[0]], arguments[1:])
+    if arguments and arguments[0] == "prepare":
+        return _prepare(arguments[1:])
+    redirect()
+    from xlstm_distill.stages import main as run
+
+    return run(arguments)
+
+
+def _command(module: str, arguments: list[str]) -> int:
+    try:
+        return int(importlib.import_module(module).main(arguments) or DONE)
+    except Mistake as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+
+
+def _prepare(arguments: list[str]) -> int:
+    from xlstm_distill.contract.job import JobFolder
+    from xlstm_distill.contract.state import prepare
+
+    try:
+        folder = JobFolder.read(Path(arguments[0]))
+        return ALREADY_DONE if prepare(folder.path, folder.job).done else DONE
+    except Mistake as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+
+
+def redirect() -> None:
+    """Send stdout and stderr, C libraries' included, to `$XDL_LOGS/rank-R.log`, where the launcher sets XDL_LOGS."""
+    if not (folder := os.environ.get("XDL_LOGS")):
+        return
+    path = Path(folder) / f"rank-{os.environ.get('RANK', '0')}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

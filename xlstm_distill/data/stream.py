@@ -1,0 +1,316 @@
+"""Token shards → batches: a weighted, shuffled mixture whose sequence of global batches no world size changes.
+
+mosaicml-streaming gives the file format, the weights (`Stream`), the resampling and the shuffle. Its `StreamingDataset`
+iterator is not used: it pads and repeats samples at the end of an epoch according to the number of ranks, keeps its
+position in /dev/shm under names that two jobs starting together both take, and leaves them there when it is killed.
+Here each rank works out the same order of samples by itself and takes its rows of every global batch, so the whole
+position is one number.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.data.codec import CodecError, decode
+from xlstm_distill.data.shards import import_streaming, read_index
+
+HASH = "xxh64"
+SHUFFLE_BLOCK = 1 << 18
+"""Samples among which py1e shuffles; bounds how many shards are in use at one time."""
+
+
+@dataclass
+class Batch:
+    """B samples of T + 1 tokens."""
+
+    tokens: Tensor
+    """int64 [B, T + 1]."""
+    mask: Tensor
+    """bool [B, T + 1]; whether a token counts as a label."""
+    document: Tensor
+    """int64 [B, T + 1]; running index of the document that a token stems from, within its source and split."""
+    targets: tuple[Tensor, Tensor, Tensor] | None = None
+    """Teacher's distribution over token t + 1, if cached: ids int64 [B, T, k], log-probabilities float32 [B, T, k],
+    log of the tail's mass float32 [B, T]."""
+
+    def rows(self, which: slice) -> "Batch":
+        """Some of the samples."""
+        targets = self.targets and (self.targets[0][which], self.targets[1][which], self.targets[2][which])
+        return Batch(self.tokens[which], self.mask[which], self.document[which], targets)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same samples on `device`."""
+        targets = self.targets and tuple(t.to(device) for t in self.targets)
+        return Batch(self.tokens.to(device), self.mask.to(device), self.document.to(device), targets)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture."""
+
+    folder: Path
+    """MDS folder."""
+    weight: float
+    """Share of the samples."""
+
+
+class Shards:
+    """Random access to the samples of one MDS folder; each shard is checked against its hash when it is first opened.
+
+    Compressed shards are unpacked once, into the hidden folder `.raw` beside them (no manifest counts hidden files, and
+    it goes when the shards go), or below the temporary folder where that cannot be written. Files there are named by
+    their hash and renamed into place, so ranks and jobs share them without a lock.
+
+    Raises:
+        Mistake: a file is missing or damaged; the line names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import_streaming()
+        self.folder = folder
+        self.index = read_index(folder)
+        self.sizes = np.array([shard["samples"] for shard in self.index], np.int64)
+        if not self.sizes.sum():
+            raise Mistake(f"{folder}: holds no samples; give its source more documents")
+        self._ends = self.sizes.cumsum()
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = self._readers[shard] = self._open(shard)
+        return dict(reader.get_item(number - int(self._ends[shard] - self.sizes[shard])))
+
+    def _open(self, shard: int) -> Any:
+        from streaming.base.format import reader_from_json
+
+        info = self.index[shard]
+        file = self._unpacked(info) if info["zip_data"] else self.folder / info["raw_data"]["basename"]
+        if not info["zip_data"]:
+            _verified(file, info["raw_data"])
+        info = {**info, "raw_data": {**info["raw_data"], "basename": file.name}}
+        reader = reader_from_json(str(file.parent), "", info)
+        reader.validate(allow_unsafe_types=False)
+        return reader
+
+    def _unpacked(self, info: Mapping[str, Any]) -> Path:
+        raw = info["raw_data"]
+        file = self._unpack_folder / f"{raw['hashes'][HASH]}.mds"
+        if file.exists():
+            try:
+                _verified(file, raw)
+                return file
+            except Mistake:
+                pass  # cut short by a crash of the machine: unpack it again
+        from streaming.base.compression import decompress
+
+        packed = _verified(self.folder / info["zip_data"]["basename"], info["zip_data"])
+        beside = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        beside.write_bytes(decompress(info["compression"], packed))
+        beside.replace(file)
+        return file
+
+    @cached_property
+    def _unpack_folder(self) -> Path:
+        beside = self.folder / ".raw"
+        try:
+            beside.mkdir(exist_ok=True)
+            if os.access(beside, os.W_OK):
+                return beside
+        except OSError:
+            pass
+        own = Path(tempfile.gettempdir()) / f"xdl-{os.getuid()}"
+        own.mkdir(mode=0o700, exist_ok=True)
+        if own.stat().st_uid != os.getuid():
+            raise Mistake(f"{own}: belongs to another user; set TMPDIR to a folder of your own")
+        return own
+
+
+def _verified(file: Path, info: Mapping[str, Any]) -> bytes:
+    """The bytes of a shard's file when they are those that were written."""
+    from streaming.base.hashing import get_hash
+
+    advice = "remove its job's manifest.json and launch again"
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise Mistake(f"{file}: missing shard; {advice}") from error
+    if HASH not in info["hashes"]:
+        raise Mistake(f"{file}: its index has no {HASH} hash; write the shards anew with hashes=[sha1,xxh64]")
+    if len(data) != info["bytes"] or get_hash(HASH, data) != info["hashes"][HASH]:
+        raise Mistake(f"{file}: damaged shard ({HASH} or size differs from index.json); {advice}")
+    return data
+
+
+def collate(samples: Sequence[Mapping[str, Any]], place: Path) -> Batch:
+    """Samples as they come from the shards → a batch; `place` names their folder in errors."""
+    columns = {
+        name: torch.from_numpy(np.stack([s[name] for s in samples]).astype(np.int64))
+        for name in ("tokens", "mask", "document")
+    }
+    targets = None
+    if all("targets" in s for s in samples):
+        try:
+            ids, log_probs, tail = zip(*(decode(s["targets"]) for s in samples), strict=True)
+        except CodecError as error:
+            raise Mistake(f"{place}: damaged teacher targets ({error}); run stage=cache again") from error
+        targets = (
+            torch.from_numpy(np.stack(ids).astype(np.int64)),
+            torch.from_numpy(np.stack(log_probs)),
+            torch.from_numpy(np.stack(tail)),
+        )
+    return Batch(columns["tokens"], columns["mask"].bool(), columns["document"], targets)
+
+
+def read_samples(folder: Path, count: int, first: int = 0) -> Batch:
+    """Samples `first` … `first + count − 1` of an MDS folder in order, or as many as there are.
+
+    Raises:
+        Mistake: there are none, or a shard is missing or damaged.
+    """
+    shards = Shards(folder)
+    numbers = range(first, min(first + count, len(shards)))
+    if not numbers:
+        raise Mistake(f"{folder}: holds {len(shards)} samples; asked for {count} from number {first} on")
+    return collate([shards[n] for n in numbers], folder)
+
+
+class SampleStream:
+    """This rank's share of an endless sequence of global batches.
+
+    An epoch draws as many samples as the parts hold together, each part by its weight (repeated or cut, newly chosen
+    each epoch), shuffled by streaming's py1e; batches run on across epochs, so none is short.
+
+    Args:
+        parts: the mixture; weights are scaled to sum to 1.
+        batch: samples of a global batch.
+        seed: of choice and shuffle.
+        rank: of this process.
+        world: number of processes; divides `batch`.
+
+    Raises:
+        Mistake: a folder holds no shards, lengths differ, or `world` does not divide `batch`.
+    """
+
+    def __init__(self, parts: Sequence[Part], *, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if batch < 1 or batch % world:
+            raise Mistake(
+                f"batch={batch}: expected a multiple of the {world} ranks; change the batch or --gpus-per-node"
+            )
+        self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
+        self.parts = [part for part in parts if part.weight > 0]
+        if not self.parts:
+            raise Mistake("the mixture is empty; give at least one source a weight above 0")
+        self.shards = [Shards(part.folder) for part in self.parts]
+        lengths = {part.folder: self._columns(shards) for part, shards in zip(self.parts, self.shards, strict=True)}
+        if len(set(lengths.values())) > 1:
+            folders = [str(folder) for folder in lengths]
+            raise Mistake(f"{' and '.join(folders)}: samples differ in length or columns; tokenise them alike")
+        self.mixture = _mixture(self.parts, self.shards, seed)
+        self.position = 0
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    @staticmethod
+    def _columns(shards: Shards) -> tuple[Any, ...]:
+        info = shards.index[0]
+        return tuple(zip(info["column_names"], info["column_encodings"], strict=True))
+
+    @property
+    def epoch(self) -> float:
+        """Epochs consumed."""
+        return self.position / self.mixture.epoch_size
+
+    def __iter__(self) -> "SampleStream":
+        return self
+
+    def __next__(self) -> Batch:
+        share = self.batch // self.world
+        first = self.position + self.rank * share
+        samples = [self._sample(number) for number in range(first, first + share)]
+        self.position += self.batch
+        return collate(samples, self.parts[0].folder)
+
+    def _sample(self, number: int) -> dict[str, Any]:
+        epoch, offset = divmod(number, self.mixture.epoch_size)
+        if self._order[0] != epoch:
+            self._order = (epoch, self.mixture.order(epoch))
+        chosen = int(self._order[1][offset])
+        part = int(np.searchsorted(self.mixture.ends, chosen, side="right"))
+        return self.shards[part][chosen - int(self.mixture.ends[part]) + len(self.shards[part])]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch, and what it counts in. JSON values, the same on every rank."""
+        return {"position": self.position, **self._counts_in()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, at any world size.
+
+        Raises:
+            Mistake: the state counts in another mixture, seed or batch.
+        """
+        for key, here in self._counts_in().items():
+            if state[key] != here:
+                raise Mistake(
+                    f"checkpoint's data position: {key} was {state[key]} and is {here} now; use another --name"
+                )
+        self.position = int(state["position"])
+
+    def _counts_in(self) -> dict[str, Any]:
+        total = sum(part.weight for part in self.parts)
+        return {
+            "batch": self.batch,
+            "seed": self.seed,
+            "epoch_size": self.mixture.epoch_size,
+            "samples": [len(shards) for shards in self.shards],
+            "weights": [round(part.weight / total, 9) for part in self.parts],
+        }
+
+
+def _mixture(parts: Sequence[Part], shards: Sequence[Shards], seed: int) -> Any:
+    """What streaming's `generate_work` needs of a StreamingDataset, without its shared memory."""
+    from streaming import Stream, StreamingDataset
+    from streaming.base.batching import generate_work
+    from streaming.base.world import World
+
+    class Mixture(StreamingDataset):
+        """One canonical node, one rank: ranks share global batches among themselves."""
+
+        def __init__(self) -> None:
+            total = sum(part.weight for part in parts)
+            self.streams = [Stream(local=str(part.folder), proportion=part.weight / total) for part in parts]
+            self.num_streams = len(parts)
+            self.shuffle, self.shuffle_algo, self.shuffle_seed = True, "py1e", seed
+            self.shuffle_block_size = SHUFFLE_BLOCK
+            self.sampling_method, self.sampling_granularity, self.epoch_seed_change = "balanced", 1, True
+            self.partition_algo, self.num_canonical_nodes, self.initial_physical_nodes = "orig", 1, None
+            self.batch_size = 1
+            self.samples_per_shard = np.concatenate([s.sizes for s in shards])
+            self.sample_offset_per_shard = self.samples_per_shard.cumsum() - self.samples_per_shard
+            self.shards_per_stream = np.array([len(s.sizes) for s in shards], np.int64)
+            self.shard_offset_per_stream = self.shards_per_stream.cumsum() - self.shards_per_stream
+            self.samples_per_stream = np.array([len(s) for s in shards], np.int64)
+            self.ends = self.samples_per_stream.cumsum()
+            # Long enough that the rarest part comes once.
+            size = max(int(self.ends[-1]), *(int(np.ceil(total / part.weight)) for part in parts))
+            self.epoch_size = Stream.apply_weights(self.streams, self.samples_per_stream, size, seed)
+
+        def order(self, epoch: int) -> NDArray[np.int64]:
+            """The samples of an epoch, [epoch_size], numbered through all parts."""
+            work = generate_work("random", self, World(1, 1, 1, 0), epoch, 0).flatten()
+            return work[work >= 0]
+
+    return Mixture()

@@ -1,0 +1,99 @@
+"""The models of a run by name: where each lies, and how it is loaded to be measured or to write."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.manifest import read_manifest
+from xlstm_distill.contract.schema import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """One model of a run."""
+
+    name: str
+    """`teacher`, `window`, `aligned`, `merged` or an expert's name."""
+    job: str
+    """Job that makes it; empty for a folder of the user's."""
+    folder: Path
+    """Hugging Face folder with a tokenizer."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys of its configuration to set otherwise."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job that makes it has its manifest."""
+        return not self.job or read_manifest(self.folder.parents[1] / "manifest.json") is not None
+
+
+def model_places(jobs: Path, config: Config) -> dict[str, ModelPlace]:
+    """Every model that the run can have, in the order of the table: baseline, students, teacher last.
+
+    `window` is the untrained student without its mLSTM branch. Where Stage II starts from a given folder, that folder
+    stands for the aligned student, and for `window` too (Stage I leaves everything but the mLSTM branch as it was).
+
+    Args:
+        jobs: `runs/NAME/jobs`.
+        config: of the run.
+    """
+
+    def place(name: str, job: str, folder: str, **overrides: Any) -> ModelPlace:
+        return ModelPlace(name, job, jobs / job / "output" / folder, overrides)
+
+    if given := config.student.init_from:
+        students = [
+            ModelPlace("window", "", Path(given), {"use_mlstm": False}),
+            ModelPlace("aligned", "", Path(given)),
+        ]
+    else:
+        students = [place("window", "align", "initial", use_mlstm=False), place("aligned", "align", "student")]
+    students += [place(expert, f"distill-{expert}", "student") for expert in config.experts]
+    students += [place("merged", "merge", "student"), place("teacher", "fetch", "teacher")]
+    return {p.name: p for p in students}
+
+
+def find_model(jobs: Path, config: Config, name: str) -> ModelPlace:
+    """The finished model `name`.
+
+    Raises:
+        Mistake: the run has no such model, or it is not finished; the message lists those that are.
+    """
+    places = model_places(jobs, config)
+    finished = [p.name for p in places.values() if p.finished]
+    if name not in finished:
+        what = "is not finished" if name in places else "is no model of this run"
+        raise Mistake(f"{name}: {what}; finished: {', '.join(finished) or 'none'}")
+    return places[name]
+
+
+def load_model(place: ModelPlace, precision: str = "bfloat16") -> "PreTrainedModel":
+    """Load a model to evaluate it: on the first GPU in `precision`, else on the CPU in float32.
+
+    Raises:
+        Mistake: its folder is not a model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import xlstm_distill.model  # noqa: F401  registers the student with the Auto classes
+
+    if not (place.folder / "config.json").is_file():
+        raise Mistake(f"{place.name}: {place.folder} is not a model folder (no config.json in it)")
+    on_gpu = torch.cuda.is_available()
+    dtype = getattr(torch, precision) if on_gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=dtype, **place.overrides)
+    if on_gpu:
+        model.cuda()
+    return model.eval()
+
+
+def load_tokenizer(place: ModelPlace) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer beside a model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place.folder)

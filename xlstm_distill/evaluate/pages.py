@@ -1,0 +1,89 @@
+"""Reports as Markdown and as one HTML file with its images inside."""
+
+import base64
+import html
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xlstm_distill.contract.files import write_atomic
+from xlstm_distill.evaluate import plots, tables
+from xlstm_distill.evaluate.collect import Results, checks
+from xlstm_distill.evaluate.win_tie import Comparison
+
+HELDOUT_NOTE = "KL(teacher ‖ model) in nats per token over the whole vocabulary; ppl: perplexity. Held-out text."
+TASKS_NOTE = (
+    "Score ± standard error; ↓: lower is better, left out of the rows below. Recovery: student / teacher. "
+    "C_0: share of the tasks won or tied; α*: the smallest relative drop at which half of them are."
+)
+CSS = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; } img { max-width: 100%; height: auto; }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+thead th { border-bottom: 2px solid #222; } code { background: #f3f3f3; padding: 0 .25em; }
+"""
+META = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+
+
+def markdown_report(results: Results, figures: list[str]) -> str:
+    """The report as Markdown; figures are links to the PNGs beside it."""
+    parts = [f"# {results.name}: teacher against hybrid xLSTM"]
+    if results.missing:
+        parts.append(f"Not measured yet: {', '.join(results.missing)}.")
+    if results.sources:
+        parts += ["## Held-out text", HELDOUT_NOTE, tables.as_markdown(tables.heldout_table(results))]
+    if results.tasks:
+        parts += ["## Tasks", TASKS_NOTE, tables.as_markdown(tables.task_table(results))]
+    parts += missing_scores(results.comparisons())
+    if found := checks(results):
+        parts += ["## Checks", "\n".join(f"- {'✓' if passed else '✗'} {what}" for passed, what in found)]
+    if facts := _training_lines(results):
+        parts += ["## Training", "\n".join(facts)]
+    if figures:
+        parts.append("## Figures")
+        parts += [f"### {plots.FIGURES[name]}\n\n![{plots.FIGURES[name]}]({name}.png)" for name in figures]
+    return "\n\n".join(parts) + "\n"
+
+
+def missing_scores(comparisons: Mapping[str, Comparison]) -> list[str]:
+    """One line for each student that has no score on some task."""
+    lost = {name: c.missing for name, c in comparisons.items() if c.missing}
+    return [f"Without a score, counted as lost: {name}: {', '.join(tasks)}." for name, tasks in lost.items()]
+
+
+def _training_lines(results: Results) -> list[str]:
+    lines = []
+    if results.align:
+        lines.append(f"- align: {_counts(results.align)}")
+    lines += [f"- expert {name}: {_counts(facts)}" for name, facts in results.distill.items() if facts]
+    if weights := results.merge.get("weights"):
+        lines.append("- merge: " + ", ".join(f"{value:.3f} {name}" for name, value in weights.items()))
+    return lines
+
+
+def _counts(facts: Mapping[str, Any]) -> str:
+    known = {"tokens": "tokens", "steps": "steps", "tokens_per_s": "tokens/s"}
+    return ", ".join(
+        f"{facts[key]:,.0f} {unit}" for key, unit in known.items() if isinstance(facts.get(key), int | float)
+    )
+
+
+def write_pages(folder: Path, title: str, text: str) -> None:
+    """Write `report.md`, and the same as `report.html` with its images inside."""
+    import markdown
+
+    write_atomic(folder / "report.md", text)
+    body = markdown.markdown(text, extensions=["tables"])
+    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    body = re.sub(r'src="([^"]+\.png)"', lambda match: f'src="{_data_url(folder / match[1])}"', body)
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    page = f'<!doctype html>\n<html lang="en"><head>{head}<style>{CSS}</style></head>\n<body>\n{body}\n</body></html>\n'
+    write_atomic(folder / "report.html", page)
+
+
+def _data_url(image: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()

@@ -1,0 +1,127 @@
+"""The tables of a report, as rows of text: for the terminal, for Markdown."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from xlstm_distill.evaluate.collect import Measured, Results
+from xlstm_distill.evaluate.win_tie import Comparison
+
+WIDTH = 100
+"""Columns of a terminal that plain tables fit into."""
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+
+
+def heldout_table(results: Results) -> Table:
+    """One row per model, KL to the teacher (nats per token) and perplexity per source."""
+    header = ["model"]
+    for source in results.sources:
+        header += [f"{source} KL", f"{source} ppl"]
+    return header, [[model.label, *_heldout_cells(model, results.sources)] for model in results.models]
+
+
+def _heldout_cells(model: Measured, sources: Sequence[str]) -> list[str]:
+    cells = []
+    for source in sources:
+        values = model.heldout.get(source, {})
+        cells += [number(values.get("kl"), 3), number(values.get("perplexity"), 2)]
+    return cells
+
+
+def task_table(results: Results, short: bool = False) -> Table:
+    """One row per task and one column per model; below them recovery, C_0 and α* of each student.
+
+    Args:
+        results: of a run.
+        short: model names and numbers for a narrow terminal.
+    """
+    header = ["task", *(model.name if short else model.label for model in results.models)]
+    lower = results.lower_is_better()
+    rows = []
+    for task in results.tasks:
+        name = task + (" ↓" if task in lower else "")
+        rows.append([name, *(score_cell(model.scores.get(task), short) for model in results.models)])
+    comparisons = results.comparisons()
+    if comparisons:
+        names = [model.name for model in results.models]
+        rows.append(["mean recovery", *(_of(comparisons.get(n), mean_recovery) for n in names)])
+        rows.append(["C_0", *(_of(comparisons.get(n), lambda c: c.win_and_tie(0.0)) for n in names)])
+        rows.append(["α*", *(_of(comparisons.get(n), lambda c: c.critical_tolerance) for n in names)])
+    return header, rows
+
+
+def scores_table(teacher: Mapping[str, float], comparisons: Mapping[str, Comparison]) -> Table:
+    """One row per task: the teacher's score and each student's recovery; below them C_α and α*."""
+    rows = [
+        [task, number(teacher[task], 3), *(number(c.recovery.get(task), 3) for c in comparisons.values())]
+        for task in next(iter(comparisons.values())).drops
+    ]
+    for alpha in (0.0, 0.01, 0.05, 0.1):
+        rows.append([f"C_{alpha:g}", "", *(number(c.win_and_tie(alpha), 3) for c in comparisons.values())])
+    rows.append(["α*", "", *(number(c.critical_tolerance, 3) for c in comparisons.values())])
+    return ["task", "teacher", *comparisons], rows
+
+
+def mean_recovery(comparison: Comparison) -> float | None:
+    """Mean of A_S / A_T over the tasks that have one."""
+    values = [value for value in comparison.recovery.values() if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _of(comparison: Comparison | None, what: Callable[[Comparison], float | None]) -> str:
+    return number(what(comparison), 3) if comparison else ""
+
+
+def score_cell(score: Mapping[str, object] | None, short: bool = False) -> str:
+    """`0.812 ± 0.051`, or `.81±.05`."""
+    if not score or not isinstance(score.get("score"), int | float):
+        return "–"
+    value, stderr = float(score["score"]), score.get("stderr")  # type: ignore[arg-type]
+    digits = 2 if short else 3
+    text = number(value, digits)
+    if isinstance(stderr, int | float) and math.isfinite(stderr):
+        text += f"{'±' if short else ' ± '}{number(float(stderr), digits)}"
+    return text.replace("0.", ".") if short and value < 10 else text
+
+
+def number(value: float | None, digits: int) -> str:
+    """`value` with `digits` decimals; three figures above 1000; – for nothing, ∞ for infinity."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def as_text(table: Table, width: int = WIDTH) -> str:
+    """Aligned columns, the first to the left, at most `width` wide: the first column is cut, then columns go below."""
+    header, rows = table
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    first = min(widths[0], max(16, width - sum(w + 2 for w in widths[1:])))
+    blocks: list[list[int]] = []
+    columns: list[int] = []
+    used = first
+    for index in range(1, len(header)):
+        if columns and used + 2 + widths[index] > width:
+            blocks.append(columns)
+            columns, used = [], first
+        columns.append(index)
+        used += 2 + widths[index]
+    blocks.append(columns)
+    return "\n\n".join(_block(header, rows, columns, first, widths) for columns in blocks)
+
+
+def _block(header: list[str], rows: list[list[str]], columns: list[int], first: int, widths: list[int]) -> str:
+    def line(row: list[str]) -> str:
+        name = row[0] if len(row[0]) <= first else row[0][: first - 1] + "…"
+        return "  ".join([name.ljust(first), *(row[i].rjust(widths[i]) for i in columns)]).rstrip()
+
+    rule = "─" * (first + sum(2 + widths[i] for i in columns))
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def as_markdown(table: Table) -> str:
+    """A Markdown table, numbers to the right."""
+    header, rows = table
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,192 @@
+"""Local tasks as lm-eval reads them: `NAME.jsonl` with the items, `NAME.yaml` beside it, written once per run.
+
+local_recall               key-value recall from beyond the window, 4 choices
+local_addition             sums below 30 after four examples, free generation, exact match
+local_cloze_SOURCE         a held-out word that last stood beyond the window, 4 choices
+local_words_SOURCE         a held-out sentence or the same with two words swapped
+local_perplexity_SOURCE    perplexity per byte of short held-out texts (lower is better)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.files import hash_value, sync, write_json
+from xlstm_distill.evaluate.tasks import items as make
+from xlstm_distill.evaluate.tasks.text import Fragment, decode, read_fragments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREFIX = "local_"
+VERSION = 1
+"""Raised whenever items come out otherwise for the same text and seed."""
+COUNTS = {"recall": 100, "addition": 100, "cloze": 100, "words": 200, "perplexity": 8}
+"""Items per task, at most; `eval.limit` takes the first of them."""
+PASSAGE = 96
+"""Tokens of a text whose perplexity is measured."""
+CHOICE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "prompt",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+NUMBER: dict[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "prompt",
+    "doc_to_target": "answer",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5, "do_sample": False},
+    "filter_list": [
+        {
+            "name": "last-number",
+            "filter": [
+                {"function": "regex", "regex_pattern": r"(-?\d+)", "group_select": -1},
+                {"function": "take_first"},
+            ],
+        }
+    ],
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+PERPLEXITY: dict[str, Any] = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "text",
+    "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
+}
+FORMS = {"recall": CHOICE, "cloze": CHOICE, "words": CHOICE, "addition": NUMBER, "perplexity": PERPLEXITY}
+WITHOUT_SOURCE = ("recall", "addition")
+
+
+def local_names(sources: Iterable[str]) -> list[str]:
+    """Names of all local tasks of a run with these data sources."""
+    plain = [PREFIX + kind for kind in WITHOUT_SOURCE]
+    return plain + [f"{PREFIX}{kind}_{source}" for source in sources for kind in FORMS if kind not in WITHOUT_SOURCE]
+
+
+def check_names(tasks: Iterable[str], sources: Iterable[str]) -> None:
+    """Refuse a `local_…` task that does not exist.
+
+    Raises:
+        Mistake: with the names that do.
+    """
+    known = local_names(sources)
+    for task in tasks:
+        if task.startswith(PREFIX) and task not in known:
+            raise Mistake(f"eval.tasks: {task}: no such local task; there are {', '.join(known)}")
+
+
+def publish(
+    folder: Path,
+    tasks: Iterable[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    shards: Mapping[str, Path],
+    *,
+    window: int,
+    sequence: int,
+    seed: int,
+    key: Any,
+) -> Path:
+    """Write the local ones among `tasks` to `folder`, unless they stand there already.
+
+    Several processes may do so at once: each writes beside, one of them renames first, all files are the same.
+
+    Args:
+        folder: to make.
+        tasks: names from the configuration; those that are not local are passed over.
+        tokenizer: of the teacher.
+        shards: source → its folder of token shards.
+        window: positions that the student's window covers.
+        sequence: longest prompt.
+        seed: of the items.
+        key: what the shards and the tokenizer are made from (JSON); another one makes the tasks anew.
+
+    Returns:
+        `folder`.
+    """
+    names = [task for task in tasks if task.startswith(PREFIX)]
+    check_names(names, shards)
+    mark = hash_value([VERSION, COUNTS, names, window, sequence, seed, key, str(folder)])
+    if _mark(folder) == mark:
+        return folder
+    items = _Maker(tokenizer, shards, window, sequence, seed)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name in names:
+        _write_task(beside, folder, name, items.make(name))
+    write_json(beside / "tasks.json", {"mark": mark, "tasks": names})
+    if folder.exists() and _mark(folder) != mark:
+        shutil.rmtree(folder)
+    try:
+        beside.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(beside)
+    sync(folder.parent)
+    return folder
+
+
+def _mark(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "tasks.json").read_text(encoding="utf-8"))["mark"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write_task(folder: Path, final: Path, name: str, items: list[make.Item]) -> None:
+    if not items:
+        raise Mistake(f"eval.tasks: {name}: the held-out text has nothing to make it from; leave the task out")
+    lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    kind = name.removeprefix(PREFIX).split("_")[0]
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str((final / f"{name}.jsonl").absolute())}},
+        "test_split": "test",
+        **FORMS[kind],
+        "metadata": {"version": VERSION},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+
+
+class _Maker:
+    """Makes the items of a task by its name; reads each source once."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        shards: Mapping[str, Path],
+        window: int,
+        sequence: int,
+        seed: int,
+    ) -> None:
+        self.tokenizer, self.shards, self.window, self.sequence, self.seed = tokenizer, shards, window, sequence, seed
+        self._fragments: dict[str, list[Fragment]] = {}
+
+    def fragments(self, source: str) -> list[Fragment]:
+        if source not in self._fragments:
+            self._fragments[source] = read_fragments(self.shards[source])
+        return self._fragments[source]
+
+    def texts(self, source: str) -> list[str]:
+        return [decode(self.tokenizer, fragment.tokens) for fragment in self.fragments(source)]
+
+    def make(self, name: str) -> list[make.Item]:
+        kind, _, source = name.removeprefix(PREFIX).partition("_")
+        count, seed, tokenizer = COUNTS[kind], self.seed, self.tokenizer
+        makers: dict[str, Callable[[], list[make.Item]]] = {
+            "recall": lambda: make.recall(tokenizer, self.window, self.sequence, count, seed),
+            "addition": lambda: make.addition(count, seed),
+            "cloze": lambda: make.cloze(tokenizer, self.fragments(source), self.window, count, seed),
+            "words": lambda: make.swapped_words(self.texts(source), count, seed),
+            "perplexity": lambda: make.passages(tokenizer, self.fragments(source), PASSAGE, count),
+        }
+        return makers[kind]()

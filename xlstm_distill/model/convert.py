@@ -1,0 +1,77 @@
+"""Teacher folder → student folder, shard by shard on disk: the teacher's tensors are copied as files, never loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, GenerationConfig
+
+from .configuration import HybridConfig
+from .modeling import new_parameter_state
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def convert(teacher: Path, destination: Path, **choices: object) -> HybridConfig:
+    """Write the untrained student of `teacher` to the existing, empty folder `destination`.
+
+    Args:
+        teacher: folder with config.json, safetensors and tokenizer. It is only read.
+        destination: receives the teacher's shards, one more with the mixers' parameters, and an index.
+        **choices: fields of `HybridConfig`.
+
+    Raises:
+        ValueError: the teacher's family is not supported.
+        FileNotFoundError: the teacher has no safetensors.
+    """
+    base = AutoConfig.from_pretrained(teacher)
+    config = HybridConfig(base, **choices)  # type: ignore[arg-type]
+    weights = _weight_map(teacher)
+    renamed = _shard_names(sorted(set(weights.values())))
+    for old, new in renamed.items():
+        shutil.copyfile(teacher / old, destination / new)
+    for file in teacher.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX_FILE):
+            if file.suffix in (".json", ".jinja", ".txt", ".model"):
+                shutil.copyfile(file, destination / file.name)
+    state = new_parameter_state(HybridConfig(base, **choices), _dtype(teacher, weights))  # type: ignore[arg-type]
+    mixers = _shard_name(len(renamed) + 1, len(renamed) + 1)
+    save_file(state, destination / mixers, metadata={"format": "pt"})
+    weights = {name: renamed[file] for name, file in weights.items()} | dict.fromkeys(state, mixers)
+    total = sum((destination / name).stat().st_size for name in set(weights.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    (destination / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    config.architectures = ["HybridForCausalLM"]
+    config.save_pretrained(destination)
+    if not (destination / "generation_config.json").exists():
+        GenerationConfig.from_model_config(base).save_pretrained(destination)
+    return config
+
+
+def _shard_names(files: list[str]) -> dict[str, str]:
+    """The teacher's files → their names in the student, which has one more: a lone model.safetensors would hide it."""
+    return {file: _shard_name(n, len(files) + 1) for n, file in enumerate(files, 1)}
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name → file."""
+    if (folder / INDEX_FILE).exists():
+        return dict(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise FileNotFoundError(f"{folder}: no model.safetensors and no {INDEX_FILE}")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single.name)
+
+
+def _dtype(folder: Path, weights: dict[str, str]) -> torch.dtype:
+    name, file = next(iter(weights.items()))
+    with safe_open(folder / file, framework="pt") as opened:
+        return opened.get_tensor(name).dtype

@@ -1,0 +1,142 @@
+"""The hybrid xLSTM as a Hugging Face model: the teacher's architecture with every attention module replaced."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache import HybridCache
+from .configuration import HybridConfig
+from .mixer import NEW_PARAMETERS, HybridMixer
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""(hidden states after the final norm [B, T, hidden], LM head [V, hidden]) → loss."""
+
+
+def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    raise RuntimeError("a teacher's attention module was left in a hybrid xLSTM")
+
+
+# Registering the name without a mask function of the same name keeps transformers from building [T, T] masks.
+AttentionInterface.register("hybrid_xlstm", _no_attention)
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    """What loading and saving need to know."""
+
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HybridMixer):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=getattr(self.config.base, "initializer_range", 0.02))
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    """A causal language model whose layers mix with mLSTM, window and sinks."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        base = config.base
+        base._attn_implementation_internal = "hybrid_xlstm"
+        self.model = AutoModel.from_config(base, attn_implementation="hybrid_xlstm")
+        for layer in self.model.layers:
+            layer.self_attn = HybridMixer(config, layer.self_attn)
+        self.lm_head = nn.Linear(base.hidden_size, base.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def mixers(self) -> list[HybridMixer]:
+        """The mixers in order of the layers."""
+        return [layer.self_attn for layer in self.model.layers]
+
+    def mixer_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the teacher does not have, by name."""
+        return {n: p for n, p in self.named_parameters() if any(f".self_attn.{new}" in n for new in NEW_PARAMETERS)}
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def new_cache(self) -> HybridCache:
+        """An empty state."""
+        return HybridCache([mixer.window for mixer in self.mixers], self.config.sinks)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] for `input_ids` [B, T].
+
+        Args:
+            input_ids: tokens.
+            attention_mask: [B, past + T], 0 where padding.
+            position_ids: [B, T] for RoPE; default: counted from the real tokens of `attention_mask`.
+            past_key_values: state of an earlier call.
+            inputs_embeds: [B, T, hidden] instead of `input_ids`.
+            labels: [B, T] tokens, −100 to ignore: adds the shifted cross-entropy.
+            use_cache: whether to return a state.
+            logits_to_keep: compute only the last so many logits; 0: all.
+            objective: computes the loss from hidden states and LM head instead of logits. It runs in here so that the
+                hooks of sharding strategies have gathered the (tied) head.
+            **kwargs: passed to the decoder.
+        """
+        use_cache = bool(use_cache) if objective is None else False
+        if use_cache and not isinstance(past_key_values, HybridCache):
+            past_key_values = self.new_cache()
+        padding_mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
+        if position_ids is None and padding_mask is not None:
+            current = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+            position_ids = (padding_mask.long().cumsum(1) - 1).clamp_min(0)[:, -current:]
+        outputs = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            padding_mask=padding_mask,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if objective is not None:
+            return CausalLMOutputWithPast(loss=objective(hidden, self.lm_head.weight))
+        kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
+        logits = self.lm_head(kept)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1]) if labels is not None else None
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+
+def new_parameter_state(config: HybridConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The mixers' own parameters at the start of Stage I, by their names, without the rest of the model's memory."""
+    with torch.device("meta"):
+        model = HybridForCausalLM(config)
+    for mixer in model.mixers:
+        for name in NEW_PARAMETERS:
+            new = getattr(mixer, name)
+            if isinstance(new, nn.Parameter):
+                setattr(mixer, name, nn.Parameter(torch.empty(new.shape)))
+            else:
+                new.to_empty(device="cpu")
+        mixer.reset_parameters()
+    return {name: parameter.detach().to(dtype) for name, parameter in model.mixer_parameters().items()}

@@ -1,0 +1,40 @@
+"""`python -m xlstm_distill.runtime.elastic RANKS JOB_DIR`: the ranks of a job on one machine, through torch's elastic
+launch, and the first failing rank's own exit code (torchrun gives 1 for every failure, also for a stop by request)."""
+
+import sys
+import uuid
+
+from xlstm_distill.contract.exitcode import DONE
+
+
+def launch(ranks: int, job_folder: str) -> int:
+    """Run `ranks` processes of the job to their end.
+
+    Returns:
+        0, or the exit code of the rank that failed first (128 + n for a signal n).
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "xlstm_distill", job_folder)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(launch(int(sys.argv[1]), sys.argv[2]))

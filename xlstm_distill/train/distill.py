@@ -1,0 +1,135 @@
+"""Stage `distill`: Stage II for one expert."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xlstm_distill.contract.job import JobFolder, World
+from xlstm_distill.contract.schema import Distill
+from xlstm_distill.data.stream import Batch, SampleStream, read_samples
+from xlstm_distill.model import HybridForCausalLM
+from xlstm_distill.objectives.distill import DistillationLoss, distillation_loss
+from xlstm_distill.parallel.strategy import Strategy, make_strategy
+from xlstm_distill.runtime.stop import StopFlag
+from xlstm_distill.teacher.targets import TargetSource, make_target_source
+from xlstm_distill.train.loop import Task, micro_batches, train
+from xlstm_distill.train.optim import make_optimizer
+from xlstm_distill.train.students import load_student, mixture, save_student, token_folder
+
+
+class Distillation(Task):
+    """γ·CE + β·KL over all parameters; the loss runs inside the model's forward."""
+
+    def __init__(
+        self,
+        model: HybridForCausalLM,
+        targets: TargetSource,
+        settings: Distill,
+        strategy: Strategy,
+        validation: dict[str, Batch],
+    ) -> None:
+        self.model, self.targets, self.settings = model, targets, settings
+        self.strategy, self.validation = strategy, validation
+        self.parameters = dict(model.named_parameters())
+        mixers = model.mixer_parameters()
+        inherited = {name: p for name, p in self.parameters.items() if name not in mixers}
+        groups: dict[float, dict[str, nn.Parameter]] = {settings.lr: inherited}
+        groups.setdefault(settings.mixer_lr or settings.lr, {}).update(mixers)
+        self.optimizer = make_optimizer(groups, settings)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One step on this rank's share of the global batch."""
+        self.optimizer.zero_grad()
+        sums = torch.zeros(2, device=self.strategy.device)
+        count = self._global_count(batch)
+        for part in micro_batches(batch, self.settings.micro_batch):
+            terms = self._forward(part, count)
+            (terms.loss * self.strategy.loss_factor).backward()
+            sums += torch.stack([terms.ce, terms.kl]).detach()
+        norm = self.strategy.clip(list(self.parameters.values()), self.settings.clip)
+        self.optimizer.step()
+        ce, kl = self.strategy.sum(sums).tolist()
+        loss = self.settings.gamma * ce + self.settings.beta * kl
+        return {"loss": loss, "loss/ce": ce, "loss/kl": kl, "grad_norm": norm}
+
+    def _global_count(self, batch: Batch) -> Tensor:
+        """Valid tokens of the global batch: what every rank divides its sums by."""
+        return self.strategy.sum(batch.mask[:, 1:].sum().to(self.strategy.device, torch.float32)).clamp_min(1.0)
+
+    def _forward(self, part: Batch, count: Tensor) -> DistillationLoss:
+        part = part.to(self.strategy.device)
+        inputs, labels = part.tokens[:, :-1], part.tokens[:, 1:]
+        weights = part.mask[:, 1:].float() / count
+        targets = self.targets(part)
+        terms: list[DistillationLoss] = []
+
+        def objective(hidden: Tensor, head_weight: Tensor) -> Tensor:
+            settings = self.settings
+            found = distillation_loss(
+                hidden.flatten(0, 1),
+                head_weight,
+                labels.flatten(),
+                weights.flatten(),
+                targets,
+                kind=settings.loss,
+                gamma=settings.gamma,
+                beta=settings.beta,
+            )
+            terms.append(found)
+            return found.loss
+
+        with self.strategy.autocast():
+            loss = self.model(input_ids=inputs, objective=objective).loss
+        return terms[0]._replace(loss=loss)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """CE and KL (as the loss defines it) in nats per token, per source; the ranks share the samples."""
+        values = {}
+        for name, batch in self.validation.items():
+            share = batch.rows(slice(self.strategy.world.rank, None, self.strategy.world.size))
+            count = self._global_count(share)
+            sums = torch.zeros(2, device=self.strategy.device)
+            for part in micro_batches(share, self.settings.micro_batch):
+                terms = self._forward(part, count)
+                sums += torch.stack([terms.ce, terms.kl])
+            values[f"validation/{name}/ce"], values[f"validation/{name}/kl"] = self.strategy.sum(sums).tolist()
+        return values
+
+
+def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
+    """Distil one expert. Output: `student/`."""
+    config = folder.config
+    strategy = make_strategy(config.strategy, world)
+    start = Path(config.student.init_from) if config.student.init_from else folder.input("align") / "student"
+    model = load_student(start)
+    if config.strategy.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()  # layers recompute in training mode only; nothing else in these models depends on it
+    strategy.prepare(model)
+    cached = config.distill.targets == "cached"
+    shards = folder.input("cache") if cached else token_folder(folder)
+    sources = config.expert[folder.job.expert].sources
+    targets = make_target_source(config, folder, strategy, shards, list(sources))
+    stream = SampleStream(
+        mixture(sources, shards), batch=config.distill.batch, seed=config.seed, rank=world.rank, world=world.size
+    )
+    count = max(world.size, config.distill.validation_samples // len(sources))
+    validation = {name: read_samples(shards / name / "validation", count) for name in sources}
+    task = Distillation(model, targets, config.distill, strategy, validation)
+    facts = train(task, stream, config.distill, config.data.sequence, folder, strategy, stop)
+    facts["validation"] = {when: _by_source(values) for when, values in facts["validation"].items()}
+    save_student(model, start, folder.output / "student", strategy)
+    strategy.close()
+    return facts
+
+
+def _by_source(values: dict[str, float]) -> dict[str, dict[str, float]]:
+    """`validation/SOURCE/kl` → {SOURCE: {kl: …}}."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        _, source, number = name.split("/")
+        found.setdefault(source, {})[number] = value
+    return found

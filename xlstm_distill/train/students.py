@@ -1,0 +1,113 @@
+"""Students on disk, and the data folders that training reads."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.files import folder_atomic
+from xlstm_distill.contract.job import JobFolder
+from xlstm_distill.contract.schema import Config, Source
+from xlstm_distill.data.stream import Part
+from xlstm_distill.model import HybridForCausalLM
+from xlstm_distill.parallel.strategy import Strategy
+
+SHARD_BYTES = 4 << 30
+
+
+def student_choices(config: Config) -> dict[str, Any]:
+    """The fields of the student's configuration that the experiment sets."""
+    student = config.student
+    names = ("window", "sinks", "feature_map", "input_gate_soft_cap", "output_gate_bias", "chunk")
+    return {name: getattr(student, name) for name in names}
+
+
+def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> HybridForCausalLM:
+    """The student in `folder`, for training: evaluation mode, no cache.
+
+    Raises:
+        Mistake: there is no student there.
+    """
+    if not (folder / "config.json").exists():
+        raise Mistake(f"{folder}: no student there (no config.json)")
+    return HybridForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def save_student(model: HybridForCausalLM, source: Path, destination: Path, strategy: Strategy) -> None:
+    """Write the model's parameters as safetensors, with tokenizer and configuration from `source`. Collective.
+
+    One parameter at a time is gathered; rank 0 writes shards of 4 GiB in the dtype of the parameters.
+    """
+    lead = strategy.world.rank == 0
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    if not lead:
+        for name, parameter in model.named_parameters():
+            if name not in tied:
+                strategy.full(parameter)
+        strategy.barrier()
+        return
+    with folder_atomic(destination) as beside:
+        for file in source.iterdir():
+            if file.suffix != ".safetensors" and file.name != "model.safetensors.index.json":
+                shutil.copyfile(file, beside / file.name)
+        writer = ShardWriter(beside)
+        for name, parameter in model.named_parameters():
+            if name not in tied:
+                writer.add(name, strategy.full(parameter))
+        writer.finish()
+    strategy.barrier()
+
+
+class ShardWriter:
+    """Safetensors shards of at most `SHARD_BYTES`, and their index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: list[dict[str, str]] = []
+        self.pending: dict[str, torch.Tensor] = {}
+        self.weight_map: dict[str, str] = {}
+        self.total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor."""
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and sum(t.numel() * t.element_size() for t in self.pending.values()) + size > SHARD_BYTES:
+            self._flush()
+        self.pending[name] = tensor.contiguous()
+        self.total += size
+
+    def _flush(self) -> None:
+        name = f"model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
+        save_file(self.pending, self.folder / name, metadata={"format": "pt"})
+        self.weight_map |= dict.fromkeys(self.pending, name)
+        self.pending = {}
+
+    def finish(self) -> None:
+        """Write what is left, and the index."""
+        if self.pending:
+            self._flush()
+        index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def token_folder(folder: JobFolder) -> Path:
+    """Where the token shards are: the user's, or those of the `tokenize` job."""
+    shards = folder.config.data.shards
+    return Path(shards) if shards else folder.input("tokenize")
+
+
+def mixture(sources: Mapping[str, Source], shards: Path) -> list[Part]:
+    """The training shards of a mixture with their weights.
+
+    Raises:
+        Mistake: a source has no shards there.
+    """
+    for name in sources:
+        if not (shards / name / "train").is_dir():
+            raise Mistake(f"{shards}: no training shards for source {name} (expected {shards / name / 'train'})")
+    return [Part(shards / name / "train", source.weight) for name, source in sources.items() if source.weight > 0]
