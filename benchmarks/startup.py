@@ -1,4 +1,4 @@
-"""CPU seconds of `xdl --help` above `python -c pass`, the two measured in turn: `python benchmarks/startup.py [TIMES]`."""
+"""CPU seconds of `xdl --help` above `python -c pass`, measured in turn: `python benchmarks/startup.py [TIMES]`."""
 
 import resource
 import statistics

@@ -1,5 +1,6 @@
-"""Stands for `python -m xlstm_distill JOB_DIR` where the launcher is tested: counts to 5, one step per `FAKE_STEP` seconds,
-checkpoints each step, honours the stop file and TERM, and writes a manifest. `FAKE_FAIL=JOB:CODE` makes a job fail."""
+"""Stands for `python -m xlstm_distill JOB_DIR` where the launcher is tested: counts to 5, a step every `FAKE_STEP`
+seconds and a checkpoint after each, honours the stop file and TERM, and writes a manifest. `FAKE_FAIL=JOB:CODE` makes a
+job fail."""
 
 import os
 import signal

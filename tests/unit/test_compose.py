@@ -104,12 +104,16 @@ def test_values_take_the_type_of_the_schema() -> None:
     assert config.align.clip == 0.0
 
 
-@pytest.mark.parametrize("text", ["experts=math,code", "experts=[math,code]", "experts=[math, code]", "experts='math,code'"])
+@pytest.mark.parametrize(
+    "text", ["experts=math,code", "experts=[math,code]", "experts=[math, code]", "experts='math,code'"]
+)
 def test_experts_are_plain_words_however_they_are_written(text: str) -> None:
     assert compose([text]).config.experts == ("math", "code")
 
 
-def test_a_group_that_the_user_names_wins_over_the_recipes_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_the_user_names_wins_over_the_recipes_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "student").mkdir()
     (tmp_path / "student/wide.yaml").write_text("window: 256\n")
     (tmp_path / "cluster").mkdir()
@@ -176,14 +180,14 @@ BAD = [
     (["experts="], "experts", "at least one"),
     (["cache.top_k=99999"], "cache.top_k=99999", "49152"),
     (["cache.top_k=0"], "cache.top_k=0", "1 or more"),
-    (["data.sequence=500"], "data.sequence=500", "multiple of student.chunk=64"),
+    (["data.sequence=500", "student.chunk=64"], "data.sequence=500", "multiple of student.chunk=64"),
     (["data.sequence=16384"], "data.sequence=16384", "8192"),
     (["data.sources.demo_math.weight=0.6"], "data.sources", "sum to 1"),
     (["expert.math.sources.demo_math.weight=.5"], "expert.math.sources", "sum to 1"),
     (["data.sources.demo_math.weight=nan"], "data.sources", "sum to 1"),
     (["data.validation=1"], "data.validation=1.0", "between 0 and 1"),
     (["data.validation=0"], "data.validation=0.0", "between 0 and 1"),
-    (["align.batch=6"], "align.batch=6", "micro_batch=4"),
+    (["align.batch=6", "align.micro_batch=4"], "align.batch=6", "micro_batch=4"),
     (["align.micro_batch=0"], "align.micro_batch=0", "1 or more"),
     (["align.lr=0"], "align.lr=0.0", "more than 0"),
     (["align.lr=nan"], "align.lr=nan", "more than 0"),
@@ -224,7 +228,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("overrides", "named", "hint"), BAD, ids=[" ".join(case[0])[:40] for case in BAD])
-def test_a_mistake_is_one_line_with_the_key_the_value_and_a_way_out(overrides: list[str], named: str, hint: str) -> None:
+def test_a_mistake_is_one_line_with_the_key_the_value_and_a_way_out(
+    overrides: list[str], named: str, hint: str
+) -> None:
     with pytest.raises(Mistake) as caught:
         compose(overrides)
     message = str(caught.value)
@@ -241,7 +247,7 @@ def test_a_name_with_a_control_character_is_refused_where_no_grammar_looks() -> 
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_told() -> None:
-    config = compose([], {"cluster.stages.align.nodes": 8}).config
+    config = compose(["align.batch=4", "align.micro_batch=4"], {"cluster.stages.align.nodes": 8}).config
     assert list(misplaced(config)) == ["align.batch=4: expected a multiple of micro_batch × ranks = 4 × 8 = 32"]
 
 
@@ -269,7 +275,15 @@ def test_the_command_line_is_sorted_into_choices_values_and_deletions() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("90", 5400), ("4:30", 270), ("04:00:00", 14400), ("1-12", 129600), ("1-12:30:10", 131410), ("x", 0), ("1:2:3:4", 0)],
+    [
+        ("90", 5400),
+        ("4:30", 270),
+        ("04:00:00", 14400),
+        ("1-12", 129600),
+        ("1-12:30:10", 131410),
+        ("x", 0),
+        ("1:2:3:4", 0),
+    ],
 )
 def test_time_limits_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
     assert seconds(text) == expected

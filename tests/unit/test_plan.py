@@ -14,7 +14,7 @@ from xlstm_distill.contract.manifest import read_manifest
 from xlstm_distill.contract.schema import Config
 from xlstm_distill.contract.state import prepare, state_of
 
-DEMO = compose([]).config
+DEMO = compose(["student.window=64", "distill.targets=cached"]).config
 
 
 def with_key(config: Config, section: str, **values: object) -> Config:
@@ -112,7 +112,7 @@ def test_paths_take_the_place_of_jobs() -> None:
 def test_a_setting_changes_the_identity_of_the_jobs_that_it_changes_and_of_no_other(
     overrides: list[str], changed: set[str]
 ) -> None:
-    before, after = plan(DEMO), plan(compose(overrides).config)
+    before, after = plan(DEMO), plan(compose(["student.window=64", "distill.targets=cached", *overrides]).config)
     assert {job.name for job in before if job.identity != after[job.name].identity} == changed
 
 
@@ -167,7 +167,9 @@ def test_a_started_job_of_other_settings_is_refused_too_but_not_one_that_made_no
 
 def test_a_run_serves_a_part_of_its_sources(tmp_path: Path) -> None:
     finish(DEMO, tmp_path)
-    one = compose(["experts=[math]", "~data.sources.demo_code", "data.sources.demo_math.weight=1"]).config
+    one = compose(
+        ["experts=[math]", "student.window=64", "~data.sources.demo_code", "data.sources.demo_math.weight=1"]
+    ).config
     fetch = plan(one)["fetch"]
     assert state_of(tmp_path / "fetch", fetch).done
     assert as_recorded(fetch, tmp_path / "fetch").identity == plan(DEMO)["fetch"].identity

@@ -26,7 +26,9 @@ SEGMENTS = Job(
     "math",
     placement=Placement(nodes=8, gpus_per_node=4, time="1-00:00:00", segments=3, memory="64G", partition="big"),
 )
-FULL = Cluster(account="me", qos="long", constraint="h100&ib", gpu_flag="gres", setup=("module load cuda", "export A=1"))
+FULL = Cluster(
+    account="me", qos="long", constraint="h100&ib", gpu_flag="gres", setup=("module load cuda", "export A=1")
+)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,12 @@ def play(tmp_path: Path, job: Job, **environment: str) -> tuple[int, list[str]]:
     (tmp_path / "jobs" / job.name).mkdir(parents=True, exist_ok=True)
     script = tmp_path / "job.sbatch"
     script.write_text(render(job, Cluster(), site))
-    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "0"}
+    slurm = {
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_ARRAY_JOB_ID": "40",
+        "SLURM_ARRAY_TASK_ID": "0",
+    }
     variables = {"PATH": f"{stubs}:{os.environ['PATH']}", "CALLS": str(calls), **slurm, **environment}
     code = subprocess.run(["bash", str(script)], env=variables, capture_output=True, check=False).returncode
     return code, calls.read_text().splitlines()

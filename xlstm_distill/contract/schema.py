@@ -139,7 +139,7 @@ class Cache:
     chunk: int = 512
     """Positions whose logits exist at one time."""
     max_samples: int = 0
-    """At most this many samples of each source's training split; 0: all."""
+    """At most this many samples of each split of a source; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,9 @@ def build(cls: type, raw: Any, key: str = "") -> Any:
     known = {f.name: f for f in fields(cls)}
     for name in raw:
         if name not in known:
-            raise Mistake(unknown_key(f"{key}.{name}" if key else str(name), [f"{key}.{k}" if key else k for k in known]))
+            raise Mistake(
+                unknown_key(f"{key}.{name}" if key else str(name), [f"{key}.{k}" if key else k for k in known])
+            )
     values = {}
     for name, spec in known.items():
         path = f"{key}.{name}" if key else name

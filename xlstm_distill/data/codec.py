@@ -44,7 +44,7 @@ def encode(
         raise CodecError(f"shapes {ids.shape}, {log_probs.shape}, {tail_log_mass.shape}: expected [T, k], [T, k], [T]")
     if not 0 < vocab_size < 1 << 32:
         raise CodecError(f"vocab_size {vocab_size}: expected 1 to {(1 << 32) - 1}")
-    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise CodecError(f"ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
     positions, top_k = ids.shape
     payload = ids.astype(_id_type(vocab_size)).tobytes() + _to_half(log_probs) + _to_half(tail_log_mass)

@@ -72,7 +72,7 @@ def code_documents(root: Path | None = None) -> Iterator[str]:
 
 
 def _stretches(file: Path) -> list[str]:
-    """Runs of whole top-level statements of about `CODE_CHARACTERS`; shorter ends are left out."""
+    """Runs of whole top-level statements of about `CODE_CHARACTERS`; much shorter and longer ones are left out."""
     source = file.read_text(encoding="utf-8", errors="replace")
     if OTHER_TERMS.search(source[:3000]):
         return []
@@ -121,9 +121,7 @@ def math_documents() -> Iterator[str]:
             yield f"Question: {question}\nAnswer: {steps}\nThe answer is {answer.rstrip('.')}.\n"
 
 
-INSTRUCTIONS = re.compile(
-    r"( Give (only|the result)| Respond | Provide the relationship|Your task is to count|\(Answer Yes| Write the factors| Do not ).*"
-)
+INSTRUCTIONS = re.compile(r"( Give (only|the result)| Write the factors| Do not |Your task is to count|\(Answer Yes).*")
 """Sentences about the form of the answer, which is given here."""
 
 
@@ -154,7 +152,8 @@ def _product(facts: Mapping[str, Any]) -> str:
     """a · b by the tens and ones of b."""
     a, b = (int(n) for n in facts["expression"].split(" * "))
     tens, ones = b - b % 10, b % 10
-    return f"{b} = {tens} + {ones}\n{a} * {tens} = {a * tens}\n{a} * {ones} = {a * ones}\n{a * tens} + {a * ones} = {a * b}"
+    parts = [f"{a} * {part} = {a * part}" for part in (tens, ones)]
+    return "\n".join([f"{b} = {tens} + {ones}", *parts, f"{a * tens} + {a * ones} = {a * b}"])
 
 
 def _euclid(a: int, b: int) -> list[str]:

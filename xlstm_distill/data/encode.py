@@ -92,7 +92,9 @@ def draw(document: Document) -> float:
     return (xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass")) >> 32) / 2**32
 
 
-def encode_documents(documents: Iterable[Document], folder: Path, form: Literal["text", "chat"], workers: int) -> Iterator[list[Encoded]]:
+def encode_documents(
+    documents: Iterable[Document], folder: Path, form: Literal["text", "chat"], workers: int
+) -> Iterator[list[Encoded]]:
     """Encode documents in order, chunk by chunk.
 
     Args:

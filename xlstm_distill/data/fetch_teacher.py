@@ -1,4 +1,4 @@
-"""The teacher's folder: found, converted once where it is GGUF, checked against its YAML, hashed into `teacher.json`."""
+"""The teacher's folder: found, converted once if it is GGUF, checked against its YAML, hashed into `teacher.json`."""
 
 import importlib.util
 from pathlib import Path
@@ -139,7 +139,6 @@ def convert_gguf(source: Path, gguf_file: str, target: Path) -> None:
     for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(holder, name):
             delattr(holder, name)
-    model.is_quantized = False
     with folder_atomic(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

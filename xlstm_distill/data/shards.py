@@ -26,7 +26,7 @@ TARGETS_NOTE = "targets.json"
 
 
 def import_streaming() -> ModuleType:
-    """`streaming`, without its vision, text and multimodal parts: these ask for torchvision and others that only they use.
+    """`streaming` without its vision, text and multimodal parts, which ask for torchvision and others.
 
     Raises:
         Mistake: mosaicml-streaming is not installed.
@@ -70,7 +70,6 @@ def shard_writer(
         compression=None if targets else COMPRESSION,
         hashes=HASHES,
         size_limit=shard_bytes,
-        max_workers=1,  # threads for uploads, of which there are none
     )
 
 
@@ -97,12 +96,29 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
             f"{folder}: no token shards there (no index.json); run stage=tokenize or mend data.shards"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Mistake(f"{path}: damaged, not an MDS index; remove its job's manifest.json and launch again") from error
+        raise Mistake(f"{path}: damaged, not an MDS index; remove {folder.parent} and launch again") from error
 
 
 def count_samples(folder: Path) -> int:
     """Samples in an MDS folder."""
     return sum(int(shard["samples"]) for shard in read_index(folder))
+
+
+def sequence_of(folder: Path) -> int:
+    """T of an MDS folder whose samples hold T + 1 tokens.
+
+    Raises:
+        Mistake: there are no samples, or none with the column `tokens`.
+    """
+    for shard in read_index(folder):
+        columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+        kind, _, size = columns.get("tokens", "").rpartition(":")
+        if kind == "ndarray:int32" and size.isdigit():
+            return int(size) - 1
+        raise Mistake(
+            f"{folder}: shards with the columns {', '.join(columns)}; expected tokens as ndarray:int32:LENGTH"
+        )
+    raise Mistake(f"{folder}: holds no samples; give its source more documents")
 
 
 def write_targets_note(folder: Path, note: Mapping[str, Any]) -> None:
@@ -128,7 +144,7 @@ def check_targets(folder: Path, expected: Mapping[str, Any]) -> None:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Mistake(f"{folder}: holds no teacher targets (no {TARGETS_NOTE}); run stage=cache") from error
     except ValueError as error:
-        raise Mistake(f"{path}: damaged, not JSON; remove its job's manifest.json and launch again") from error
+        raise Mistake(f"{path}: damaged, not JSON; remove {folder.parent} and launch again") from error
     for key, value in {"codec": VERSION, **expected}.items():
         if note.get(key) != value:
             raise Mistake(

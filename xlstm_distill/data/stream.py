@@ -7,11 +7,8 @@ Here each rank works out the same order of samples by itself and takes its rows 
 position is one number.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,8 @@ from torch import Tensor
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.data.codec import CodecError, decode
-from xlstm_distill.data.shards import import_streaming, read_index
+from xlstm_distill.data.reader import Shards
 
-HASH = "xxh64"
 SHUFFLE_BLOCK = 1 << 18
 """Samples among which py1e shuffles; bounds how many shards are in use at one time."""
 
@@ -62,98 +58,6 @@ class Part:
     """MDS folder."""
     weight: float
     """Share of the samples."""
-
-
-class Shards:
-    """Random access to the samples of one MDS folder; each shard is checked against its hash when it is first opened.
-
-    Compressed shards are unpacked once, into the hidden folder `.raw` beside them (no manifest counts hidden files, and
-    it goes when the shards go), or below the temporary folder where that cannot be written. Files there are named by
-    their hash and renamed into place, so ranks and jobs share them without a lock.
-
-    Raises:
-        Mistake: a file is missing or damaged; the line names it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        import_streaming()
-        self.folder = folder
-        self.index = read_index(folder)
-        self.sizes = np.array([shard["samples"] for shard in self.index], np.int64)
-        if not self.sizes.sum():
-            raise Mistake(f"{folder}: holds no samples; give its source more documents")
-        self._ends = self.sizes.cumsum()
-        self._readers: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        reader = self._readers.get(shard)
-        if reader is None:
-            reader = self._readers[shard] = self._open(shard)
-        return dict(reader.get_item(number - int(self._ends[shard] - self.sizes[shard])))
-
-    def _open(self, shard: int) -> Any:
-        from streaming.base.format import reader_from_json
-
-        info = self.index[shard]
-        file = self._unpacked(info) if info["zip_data"] else self.folder / info["raw_data"]["basename"]
-        if not info["zip_data"]:
-            _verified(file, info["raw_data"])
-        info = {**info, "raw_data": {**info["raw_data"], "basename": file.name}}
-        reader = reader_from_json(str(file.parent), "", info)
-        reader.validate(allow_unsafe_types=False)
-        return reader
-
-    def _unpacked(self, info: Mapping[str, Any]) -> Path:
-        raw = info["raw_data"]
-        file = self._unpack_folder / f"{raw['hashes'][HASH]}.mds"
-        if file.exists():
-            try:
-                _verified(file, raw)
-                return file
-            except Mistake:
-                pass  # cut short by a crash of the machine: unpack it again
-        from streaming.base.compression import decompress
-
-        packed = _verified(self.folder / info["zip_data"]["basename"], info["zip_data"])
-        beside = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-        beside.write_bytes(decompress(info["compression"], packed))
-        beside.replace(file)
-        return file
-
-    @cached_property
-    def _unpack_folder(self) -> Path:
-        beside = self.folder / ".raw"
-        try:
-            beside.mkdir(exist_ok=True)
-            if os.access(beside, os.W_OK):
-                return beside
-        except OSError:
-            pass
-        own = Path(tempfile.gettempdir()) / f"xdl-{os.getuid()}"
-        own.mkdir(mode=0o700, exist_ok=True)
-        if own.stat().st_uid != os.getuid():
-            raise Mistake(f"{own}: belongs to another user; set TMPDIR to a folder of your own")
-        return own
-
-
-def _verified(file: Path, info: Mapping[str, Any]) -> bytes:
-    """The bytes of a shard's file when they are those that were written."""
-    from streaming.base.hashing import get_hash
-
-    advice = "remove its job's manifest.json and launch again"
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError as error:
-        raise Mistake(f"{file}: missing shard; {advice}") from error
-    if HASH not in info["hashes"]:
-        raise Mistake(f"{file}: its index has no {HASH} hash; write the shards anew with hashes=[sha1,xxh64]")
-    if len(data) != info["bytes"] or get_hash(HASH, data) != info["hashes"][HASH]:
-        raise Mistake(f"{file}: damaged shard ({HASH} or size differs from index.json); {advice}")
-    return data
 
 
 def collate(samples: Sequence[Mapping[str, Any]], place: Path) -> Batch:
@@ -263,9 +167,9 @@ class SampleStream:
             Mistake: the state counts in another mixture, seed or batch.
         """
         for key, here in self._counts_in().items():
-            if state[key] != here:
+            if state.get(key) != here:
                 raise Mistake(
-                    f"checkpoint's data position: {key} was {state[key]} and is {here} now; use another --name"
+                    f"checkpoint's data position: {key} was {state.get(key)} and is {here} now; use another --name"
                 )
         self.position = int(state["position"])
 

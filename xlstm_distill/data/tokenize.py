@@ -82,8 +82,8 @@ class Packer:
 def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     """Tokenise this element's sources that are not done yet. Output: `SOURCE/train`, `SOURCE/validation`.
 
-    Each source is a piece with its own manifest; its facts count documents, tokens, samples and the remainder per split,
-    and empty documents.
+    Each source is a piece with its own manifest; its facts count documents, tokens, samples and the remainder per
+    split, and empty documents.
 
     Raises:
         Mistake: a source cannot be read, or is too small to give both splits a sample.
@@ -113,7 +113,11 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
 
 
 def tokenize_source(
-    documents: Documents, teacher: Path, target: Path, settings: Data, on_chunk: Callable[[int], None] = lambda seen: None
+    documents: Documents,
+    teacher: Path,
+    target: Path,
+    settings: Data,
+    on_chunk: Callable[[int], None] = lambda seen: None,
 ) -> dict[str, Any]:
     """Write one source's shards below `target`.
 

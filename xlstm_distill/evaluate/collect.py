@@ -159,16 +159,21 @@ def _alignment_checks(results: Results) -> list[tuple[bool, str]]:
     found = [
         (
             not high,
-            f"alignment error of every layer below {LAYER_LIMIT} of the untrained student's"
-            + (f": not so in layers {', '.join(high)}" if high else f" (highest {max(shares):.2f})"),
+            f"alignment error of every layer below {LAYER_LIMIT} of untrained"
+            + (f": not so in layers {_few(high)}" if high else f" (highest {max(shares):.2f})"),
         ),
-        (mean < MEAN_LIMIT, f"mean alignment error below {MEAN_LIMIT} of the untrained student's ({mean:.2f})"),
+        (mean < MEAN_LIMIT, f"mean alignment error below {MEAN_LIMIT} of untrained ({mean:.2f})"),
     ]
     gates = results.align.get("output_gate")
     if gates:
         shut = [f"{layer}.{head}" for layer, row in enumerate(gates) for head, gate in enumerate(row) if gate < SHUT]
-        found.append((not shut, "no head shut" + (f": layer.head {', '.join(shut)}" if shut else "")))
+        found.append((not shut, "no head shut" + (f": layer.head {_few(shut)}" if shut else "")))
     return found
+
+
+def _few(names: list[str], most: int = 5) -> str:
+    """The first of `names`, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _heldout_checks(results: Results) -> list[tuple[bool, str]]:

@@ -82,18 +82,27 @@ def load_model(place: ModelPlace, precision: str = "bfloat16") -> "PreTrainedMod
 
     import xlstm_distill.model  # noqa: F401  registers the student with the Auto classes
 
-    if not (place.folder / "config.json").is_file():
-        raise Mistake(f"{place.name}: {place.folder} is not a model folder (no config.json in it)")
+    _check(place)
     on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, precision) if on_gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=dtype, **place.overrides)
     if on_gpu:
-        model.cuda()
+        model.to(torch.device("cuda"))  # type: ignore[arg-type]
     return model.eval()
 
 
 def load_tokenizer(place: ModelPlace) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer beside a model."""
+    """Load the tokenizer beside a model.
+
+    Raises:
+        Mistake: its folder is not a model.
+    """
     from transformers import AutoTokenizer
 
+    _check(place)
     return AutoTokenizer.from_pretrained(place.folder)
+
+
+def _check(place: ModelPlace) -> None:
+    if not (place.folder / "config.json").is_file():
+        raise Mistake(f"{place.name}: {place.folder} is not a model folder (no config.json in it)")

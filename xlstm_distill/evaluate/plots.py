@@ -71,14 +71,15 @@ def win_tie(comparisons: Mapping[str, Comparison]) -> "Figure":
     figure, axes = _axes(7, 4)
     for i, (name, comparison) in enumerate(comparisons.items()):
         star = comparison.critical_tolerance
-        curve = [comparison.win_and_tie(alpha) for alpha in ALPHAS]
+        alphas = sorted({*ALPHAS, *(drop for drop in comparison.drops.values() if drop <= 1)})
+        curve = [comparison.win_and_tie(alpha) for alpha in alphas]
         label = f"{name} (α* = {star:.3f})" if star < float("inf") else f"{name} (no α*)"
-        axes.step(ALPHAS, curve, where="post", label=label, **_line(i))
+        axes.step(alphas, curve, where="post", label=label, **_line(i))
         if star <= 1:
             axes.plot(star, comparison.win_and_tie(star), MARKERS[i % 8], color=COLOURS[i % 8], markersize=8)
     axes.axhline(0.5, color="#555555", linewidth=0.8)
     axes.annotate("half of the tasks", (1, 0.5), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=9)
-    axes.set(xlabel="tolerance α (relative drop)", ylabel="won or tied, C_α", xlim=(0, 1), ylim=(0, 1.03))
+    axes.set(xlabel="tolerance α (relative drop)", ylabel="$C_α$, share won or tied", xlim=(0, 1), ylim=(0, 1.03))
     axes.legend(loc="lower right")
     return figure
 
@@ -131,7 +132,8 @@ def _alignment(facts: Mapping[str, Any]) -> "Figure":
     axes.set(xlabel="layer", ylabel="‖h − ĥ‖² / ‖h‖²", ylim=(0, None))
     axes.set_xticks([x for x in layers if x % max(1, len(before) // 16) == 0])
     axes.grid(axis="x", visible=False)
-    axes.legend()
+    axes.margins(x=0.01)
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
@@ -165,6 +167,8 @@ def _losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure | No
             axes.plot(steps, values, label=name, **_line(i), **few)
         positive = all(value > 0 for _, values in series.values() for value in values)
         axes.set(xlabel="step", title=job, yscale="log" if positive else "linear")
+        for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_formatter("{x:.3g}")
         axes.legend(fontsize=8)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)

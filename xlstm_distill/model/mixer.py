@@ -48,7 +48,7 @@ class HybridMixer(nn.Module):
         self.key_map = nn.Parameter(torch.empty(per_head))
         self.input_gate = nn.Linear(base.hidden_size, self.heads)
         self.forget_gate = nn.Linear(base.hidden_size, self.heads)
-        self.output_gate = HeadwiseLinear(self.heads, 3 * self.head_dim)
+        self.output_gate = HeadwiseLinear(self.heads, 3 * self.head_dim, scale=self.head_dim**-0.5)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -173,15 +173,20 @@ class HybridMixer(nn.Module):
 
 
 class HeadwiseLinear(nn.Module):
-    """One linear unit per head: [B, H, T, D] → [B, H, T, 1]."""
+    """One linear unit per head: [B, H, T, width] → [B, H, T, 1], its input times `scale`.
 
-    def __init__(self, heads: int, width: int) -> None:
+    Queries and keys are large (a head's ‖x‖₁ is in the hundreds): unscaled, one AdamW step at Stage I's learning rate
+    moves the gate's pre-activation by several units, and heads shut for good. The functions it can be are the same.
+    """
+
+    def __init__(self, heads: int, width: int, scale: float) -> None:
         super().__init__()
+        self.scale = scale
         self.weight = nn.Parameter(torch.zeros(heads, width))
         self.bias = nn.Parameter(torch.zeros(heads))
 
     def forward(self, x_BHTD: Tensor) -> Tensor:
-        return x_BHTD @ self.weight.to(x_BHTD.dtype)[:, :, None] + self.bias[:, None, None]
+        return x_BHTD @ (self.scale * self.weight).to(x_BHTD.dtype)[:, :, None] + self.bias[:, None, None]
 
 
 class Projected:

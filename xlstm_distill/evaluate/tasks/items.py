@@ -18,6 +18,7 @@ Item = dict[str, Any]
 """`prompt` with `choices` and the index `answer`; with a text `answer`; or `text`."""
 
 CHOICES = 4
+FEWEST_PAIRS = 10
 KEYS = """
 river door horse table window garden bridge castle forest mountain island village tower market school doctor
 king teacher engine train ship plane road field lake valley desert beach station museum library kitchen office
@@ -33,6 +34,7 @@ cat dog
 COLOURS = "red blue green black white yellow grey brown old new small big cold warm dark bright".split()  # noqa: SIM905
 SUMS = "3 + 4 = 7\n11 + 2 = 13\n8 + 9 = 17\n5 + 5 = 10\n"
 SENTENCE = re.compile(r"[A-Z][a-z]+(?: [A-Za-z,'-]+){6,14}[.?]")
+ANSWERED = re.compile(r"(?P<prompt>Question:.*\nThe answer is)(?P<answer> [^\n]{1,24})\.\n", re.DOTALL)
 WORD_TOKEN = re.compile(r" [A-Za-z_]{3,}")
 
 
@@ -48,21 +50,27 @@ def recall(tokenizer: "PreTrainedTokenizerBase", window: int, longest: int, coun
     """
     rng = random.Random(f"recall {seed}")
     values = [word for word in VALUES if len(tokenizer.encode(" " + word, add_special_tokens=False)) == 1] or VALUES
-    line = len(tokenizer.encode("The code of river is apple.\n", add_special_tokens=False))
-    pairs = max(CHOICES + 2, min(-(-int(1.75 * window) // line), longest // line - 3))
-    beyond = max(1, pairs - 1 - -(-window // line))  # the pairs 1 … beyond have left the window when the prompt ends
-    keys = KEYS if pairs <= len(KEYS) else [f"{colour} {key}" for colour in COLOURS for key in KEYS]
+    keys, pairs, beyond = KEYS, *_pairs(tokenizer, "river", window, longest)
+    if pairs > len(keys):
+        keys = [f"{colour} {key}" for colour in COLOURS for key in KEYS]
+        pairs, beyond = _pairs(tokenizer, "old river", window, longest)
     items = []
     for _ in range(count):
         chosen = rng.sample(keys, min(pairs, len(keys)))
-        given = [rng.choice(values) for _ in chosen]
+        given = [*rng.sample(values, min(pairs, len(values))), *rng.choices(values, k=max(0, pairs - len(values)))]
         asked = rng.randrange(1, beyond + 1)
-        text = "".join(f"The code of {key} is {value}.\n" for key, value in zip(chosen, given, strict=True))
+        lines = [f"The code of {key} is {value}.\n" for key, value in zip(chosen, given, strict=False)]
+        prompt = f"{''.join(lines)}What is the code of {chosen[asked]}?\nThe code of {chosen[asked]} is"
         others = rng.sample(sorted(set(given) - {given[asked]}), CHOICES - 1)
-        items.append(
-            _choices(rng, f"{text}The code of {chosen[asked]} is", f" {given[asked]}", [f" {o}" for o in others])
-        )
+        items.append(_choices(rng, prompt, f" {given[asked]}", [f" {other}" for other in others]))
     return items
+
+
+def _pairs(tokenizer: "PreTrainedTokenizerBase", key: str, window: int, longest: int) -> tuple[int, int]:
+    """How many pairs a prompt has, and how many of those after the first have left the window when it ends."""
+    line = len(tokenizer.encode(f"The code of {key} is apple.\n", add_special_tokens=False))
+    pairs = max(FEWEST_PAIRS, min(-(-int(1.75 * window) // line), longest // line - 3))
+    return pairs, max(1, pairs - 1 - -(-window // line))
 
 
 def cloze(
@@ -141,6 +149,22 @@ def addition(count: int, seed: int) -> list[Item]:
         a, b = rng.randrange(1, 15), rng.randrange(1, 15)
         items.append({"prompt": f"{SUMS}{a} + {b} =", "answer": str(a + b)})
     return items
+
+
+def answers(texts: Sequence[str], count: int, longest: int = 600) -> list[Item]:
+    """The final answer to a held-out question whose worked solution stands before it.
+
+    Args:
+        texts: held-out documents of the form `Question: … The answer is X.`.
+        count: items, at most.
+        longest: characters of a prompt.
+    """
+    items = []
+    for text in texts:
+        match = ANSWERED.match(text)
+        if match and len(match["prompt"]) <= longest:
+            items.append({"prompt": match["prompt"], "answer": match["answer"].strip()})
+    return items[:count]
 
 
 def passages(

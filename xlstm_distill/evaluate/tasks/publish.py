@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 PREFIX = "local_"
 VERSION = 1
 """Raised whenever items come out otherwise for the same text and seed."""
-COUNTS = {"recall": 100, "addition": 100, "cloze": 100, "words": 200, "perplexity": 8}
-"""Items per task, at most; `eval.limit` takes the first of them."""
+COUNTS = {"recall": 24, "addition": 24, "cloze": 20, "words": 16, "answers": 16, "perplexity": 4}
+"""Items per task: in all about 8,000 tokens in a run with two sources; `eval.limit` takes the first of them."""
 PASSAGE = 96
 """Tokens of a text whose perplexity is measured."""
 CHOICE: dict[str, Any] = {
@@ -39,16 +39,16 @@ CHOICE: dict[str, Any] = {
     "target_delimiter": "",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
-NUMBER: dict[str, Any] = {
+GENERATION: dict[str, Any] = {
     "output_type": "generate_until",
     "doc_to_text": "prompt",
     "doc_to_target": "answer",
-    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5, "do_sample": False},
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
     "filter_list": [
         {
-            "name": "last-number",
+            "name": "line",
             "filter": [
-                {"function": "regex", "regex_pattern": r"(-?\d+)", "group_select": -1},
+                {"function": "regex", "regex_pattern": r"^\s*(.*?)\.?\s*$"},
                 {"function": "take_first"},
             ],
         }
@@ -59,9 +59,19 @@ PERPLEXITY: dict[str, Any] = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
     "doc_to_target": "text",
-    "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
+    "metric_list": [
+        {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+        {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+    ],
 }
-FORMS = {"recall": CHOICE, "cloze": CHOICE, "words": CHOICE, "addition": NUMBER, "perplexity": PERPLEXITY}
+FORMS = {
+    "recall": CHOICE,
+    "addition": GENERATION,
+    "cloze": CHOICE,
+    "words": CHOICE,
+    "answers": GENERATION,
+    "perplexity": PERPLEXITY,
+}
 WITHOUT_SOURCE = ("recall", "addition")
 
 
@@ -187,6 +197,7 @@ class _Maker:
             "addition": lambda: make.addition(count, seed),
             "cloze": lambda: make.cloze(tokenizer, self.fragments(source), self.window, count, seed),
             "words": lambda: make.swapped_words(self.texts(source), count, seed),
+            "answers": lambda: make.answers(self.texts(source), count),
             "perplexity": lambda: make.passages(tokenizer, self.fragments(source), PASSAGE, count),
         }
         return makers[kind]()

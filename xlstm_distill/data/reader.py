@@ -1,0 +1,115 @@
+"""Random access to the samples of an MDS folder, each shard checked against its hash when it is first opened."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.data.shards import import_streaming, read_index
+
+HASH = "xxh64"
+
+
+class Shards:
+    """Random access to the samples of one MDS folder; each shard is checked against its hash when it is first opened.
+
+    Compressed shards are unpacked once, into the hidden folder `.raw` beside them (no manifest counts hidden files, and
+    it goes when the shards go), or below the temporary folder where that cannot be written. Files there are named by
+    their hash and renamed into place, so ranks and jobs share them without a lock.
+
+    Raises:
+        Mistake: a file is missing or damaged; the line names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import_streaming()
+        self.folder = folder
+        self.index = read_index(folder)
+        self.sizes = np.array([shard["samples"] for shard in self.index], np.int64)
+        if not self.sizes.sum():
+            raise Mistake(f"{folder}: holds no samples; give its source more documents")
+        self._ends = self.sizes.cumsum()
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = self._readers[shard] = self._open(shard)
+        return dict(reader.get_item(number - int(self._ends[shard] - self.sizes[shard])))
+
+    def _open(self, shard: int) -> Any:
+        from streaming.base.format import reader_from_json
+
+        info = self.index[shard]
+        file = self._unpacked(info) if info["zip_data"] else self.folder / info["raw_data"]["basename"]
+        if not info["zip_data"]:
+            _verified(file, info["raw_data"])
+        info = {**info, "raw_data": {**info["raw_data"], "basename": file.name}}
+        reader = reader_from_json(str(file.parent), "", info)
+        reader.validate(allow_unsafe_types=False)
+        return reader
+
+    def _unpacked(self, info: Mapping[str, Any]) -> Path:
+        raw = info["raw_data"]
+        file = self._unpack_folder / f"{_hash(self.folder, raw)}.mds"
+        if file.exists():
+            try:
+                _verified(file, raw)
+                return file
+            except Mistake:
+                pass  # cut short by a crash of the machine: unpack it again
+        from streaming.base.compression import decompress
+
+        packed = _verified(self.folder / info["zip_data"]["basename"], info["zip_data"])
+        beside = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        beside.write_bytes(decompress(info["compression"], packed))
+        beside.replace(file)
+        return file
+
+    @cached_property
+    def _unpack_folder(self) -> Path:
+        beside = self.folder / ".raw"
+        try:
+            beside.mkdir(exist_ok=True)
+            if os.access(beside, os.W_OK):
+                return beside
+        except OSError:
+            pass
+        own = Path(tempfile.gettempdir()) / f"xdl-{os.getuid()}"
+        own.mkdir(mode=0o700, exist_ok=True)
+        if own.stat().st_uid != os.getuid():
+            raise Mistake(f"{own}: belongs to another user; set TMPDIR to a folder of your own")
+        return own
+
+
+def _verified(file: Path, info: Mapping[str, Any]) -> bytes:
+    """The bytes of a shard's file when they are those that were written."""
+    from streaming.base.hashing import get_hash
+
+    expected = _hash(file.parent, info)
+    advice = f"copy the shards anew, or remove {file.parent.parent} and launch again to make them anew"
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise Mistake(f"{file}: missing shard; {advice}") from None
+    if len(data) != info["bytes"] or get_hash(HASH, data) != expected:
+        raise Mistake(f"{file}: damaged shard ({HASH} or size differs from index.json); {advice}")
+    return data
+
+
+def _hash(folder: Path, info: Mapping[str, Any]) -> str:
+    """The hash that the index gives a file."""
+    if HASH not in info["hashes"]:
+        raise Mistake(
+            f"{folder}/index.json: no {HASH} of {info['basename']}; write the shards with hashes=[sha1,xxh64]"
+        )
+    return str(info["hashes"][HASH])
