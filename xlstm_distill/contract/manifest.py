@@ -73,7 +73,10 @@ def read_manifest(path: Path) -> Manifest | None:
         raise Mistake(f"{path}: not readable as a manifest ({error}); remove the file to redo the job") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise Mistake(f"{path}: not a manifest of format {FORMAT}; remove the file to redo the job")
-    return Manifest(**raw)
+    try:
+        return Manifest(**raw)
+    except TypeError as error:
+        raise Mistake(f"{path}: not a whole manifest ({error}); remove the file to redo the job") from error
 
 
 def verify_outputs(manifest: Manifest, output: Path, *, deep: bool = False) -> str | None:

@@ -4,7 +4,7 @@ Its size does not depend on how much was read: per layer and row
 `4·H·D·(D_v + 1) + 2·b·H_kv·D·(W − 1 + sinks)` bytes for keys and values of b bytes each, and W + sinks ordinals.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,10 @@ class HybridLayerCache(CacheLayerMixin):
             self.sink_values[:, :, n] = torch.where(keep, values[rows, :, index], self.sink_values[:, :, n])
             self.sink_positions[:, n] = torch.where(found, n, self.sink_positions[:, n])
 
+    def skip(self, length: int) -> None:
+        """Count `length` positions that only the mLSTM reads (a student without a window)."""
+        self.cumulative_length += length
+
     def get_seq_length(self) -> int:
         """Positions read so far, padding included."""
         return self.cumulative_length
@@ -96,15 +100,18 @@ class HybridLayerCache(CacheLayerMixin):
         """Keep the rows `indices`."""
         self._rows(lambda x: x[indices])
 
-    def _rows(self, change: Any) -> None:
-        for name in self.tensors if self.is_initialized else ():
-            if getattr(self, name) is not None:
-                setattr(self, name, change(getattr(self, name)))
+    def _held(self) -> dict[str, Tensor]:
+        """The tensors there are: no mLSTM state without that branch, no window before `lazy_initialization`."""
+        names = self.tensors if self.is_initialized else ("state",)
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name, x in self._held().items():
+            setattr(self, name, change(x))
 
     def nbytes(self) -> int:
         """Bytes held."""
-        held = (getattr(self, name) for name in self.tensors) if self.is_initialized else ()
-        return sum(x.numel() * x.element_size() for x in held if x is not None)
+        return sum(x.numel() * x.element_size() for x in self._held().values())
 
 
 class HybridCache(Cache):

@@ -109,6 +109,8 @@ class HybridMixer(nn.Module):
             return self._window_branch(projected, padding_mask, layer)
         recurrent = self._mlstm_branch(projected, padding_mask, layer)
         if not self.config.use_window:
+            if layer is not None:
+                layer.skip(projected.hidden.shape[1])
             return recurrent
         windowed = self._window_branch(projected, padding_mask, layer)
         gate = self.gate(projected)

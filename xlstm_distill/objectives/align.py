@@ -23,6 +23,8 @@ class LayerAlignment:
 
     train: bool
     """Whether to run the backward pass."""
+    counts: bool = True
+    """Whether the positions count: False adds zeros to the sums and nothing to the gradients."""
     error: Tensor | None = None
     """Σ‖h − ĥ‖² since the last `reset`, float32 scalar."""
     norm: Tensor | None = None
@@ -41,17 +43,23 @@ class LayerAlignment:
         """The teacher's h [B, H, T, D], for the stream."""
         projected = projected.detach()
         target = teacher_attention(mixer, projected)
+        if not self.counts:
+            self._add(target.new_zeros((), dtype=torch.float32), target[:0], mixer.gate(projected)[:0])
+            return target
         with torch.set_grad_enabled(self.train):
             error = (target.float() - mixer.mix(projected, padding_mask)).square().sum()
             if self.train:
                 error.backward()
         with torch.no_grad():
-            norm, gate = target.float().square().sum(), mixer.gate(projected).sum((0, 2, 3))
-            self.error = error.detach() if self.error is None else self.error + error.detach()
-            self.norm = norm if self.norm is None else self.norm + norm
-            self.gate = gate if self.gate is None else self.gate + gate
-        self.positions += target.shape[0] * target.shape[2]
+            self._add(error.detach(), target, mixer.gate(projected))
         return target
+
+    def _add(self, error: Tensor, target: Tensor, gate: Tensor) -> None:
+        norm, gate = target.float().square().sum(), gate.sum((0, 2, 3))
+        self.error = error if self.error is None else self.error + error
+        self.norm = norm if self.norm is None else self.norm + norm
+        self.gate = gate if self.gate is None else self.gate + gate
+        self.positions += target.shape[0] * target.shape[2]
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ class Metrics:
     Args:
         folder: the job folder.
         total: the last step.
-        resume_at: after a resume, the step of the checkpoint: later lines of an earlier process are dropped.
+        resume_at: after a resume, the step of the checkpoint: later lines of an earlier process are dropped, with −1
+            all; None keeps them.
         enabled: False on ranks that do not write.
         tensorboard: whether to write TensorBoard events besides.
     """
@@ -37,11 +38,16 @@ class Metrics:
         path = folder / "metrics.jsonl"
         if resume_at is not None:
             keep_until(path, resume_at)
+        before = path.read_bytes() if path.exists() else b""
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        if before and not before.endswith(b"\n"):  # torn by a kill
+            self._file.write("\n")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1
+            )
 
     def log(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Record `values` at `step`."""

@@ -1,6 +1,7 @@
 """Stage `align`: convert the teacher, then Stage I."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from xlstm_distill.model import HybridForCausalLM, convert
 from xlstm_distill.objectives.align import LayerAlignment
 from xlstm_distill.parallel.strategy import Strategy, make_strategy
 from xlstm_distill.runtime.stop import StopFlag
-from xlstm_distill.train.loop import Task, micro_batches, train
+from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
 from xlstm_distill.train.optim import make_optimizer
 from xlstm_distill.train.students import load_student, mixture, save_student, student_choices, token_folder
 
@@ -47,18 +48,21 @@ class Alignment(Task):
     def step(self, batch: Batch) -> dict[str, float]:
         """One step on this rank's share of the global batch."""
         self.optimizer.zero_grad()
-        self._forward(batch, self.settings.micro_batch, train=True)
+        self._forward(((part, True) for part in micro_batches(batch, self.settings.micro_batch)), train=True)
         errors = self._reduce_gradients()
         for parameters in self.layers:
             nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
         self.optimizer.step()
         return {"loss": float(errors.mean()), "loss/worst_layer": float(errors.max())}
 
-    def _forward(self, batch: Batch, size: int, *, train: bool) -> None:
+    def _forward(self, parts: Iterable[tuple[Batch, bool]], *, train: bool) -> None:
+        """Sums over the parts that count."""
         for objective in self.objectives:
             objective.train = train
             objective.reset()
-        for part in micro_batches(batch, size):
+        for part, counts in parts:
+            for objective in self.objectives:
+                objective.counts = counts
             tokens = part.tokens[:, :-1].to(self.strategy.device)
             with torch.no_grad(), self.strategy.autocast():
                 self.model(input_ids=tokens, objective=_no_loss)
@@ -88,8 +92,7 @@ class Alignment(Task):
         totals, gates = None, None
         positions = 0
         for batch in self.validation.values():
-            share = batch.rows(slice(self.strategy.world.rank, None, self.strategy.world.size))
-            self._forward(share, self.settings.micro_batch, train=False)
+            self._forward(held_out_share(batch, self.settings.micro_batch, self.strategy.world), train=False)
             sums = self._sums()
             gate = torch.stack([o.gate for o in self.objectives if o.gate is not None])
             totals, gates = (sums, gate) if totals is None or gates is None else (totals + sums, gates + gate)

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import hash_file, sync, write_atomic, write_json
@@ -50,10 +51,17 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
             _make_durable(beside, final)
             write_atomic(folder / "latest", final.name)
             _prune(folder, keep)
-    except OSError as error:
+    except (OSError, CheckpointException) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise Mistake(f"{final}: the checkpoint could not be written ({error}); the earlier ones are intact") from error
+        raise Mistake(f"{final}: the checkpoint could not be written ({_cause(error)}); the earlier ones are intact") from error
     _barrier()
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong on the first failing rank: DCP wraps every rank's failure."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _make_durable(beside: Path, final: Path) -> None:

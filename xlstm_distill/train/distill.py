@@ -14,7 +14,7 @@ from xlstm_distill.objectives.distill import DistillationLoss, distillation_loss
 from xlstm_distill.parallel.strategy import Strategy, make_strategy
 from xlstm_distill.runtime.stop import StopFlag
 from xlstm_distill.teacher.targets import TargetSource, make_target_source
-from xlstm_distill.train.loop import Task, micro_batches, train
+from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
 from xlstm_distill.train.optim import make_optimizer
 from xlstm_distill.train.students import load_student, mixture, save_student, token_folder
 
@@ -89,12 +89,13 @@ class Distillation(Task):
         """CE and KL (as the loss defines it) in nats per token, per source; the ranks share the samples."""
         values = {}
         for name, batch in self.validation.items():
-            share = batch.rows(slice(self.strategy.world.rank, None, self.strategy.world.size))
-            count = self._global_count(share)
+            world = self.strategy.world
+            count = self._global_count(batch.rows(slice(world.rank, None, world.size)))
             sums = torch.zeros(2, device=self.strategy.device)
-            for part in micro_batches(share, self.settings.micro_batch):
+            for part, counts in held_out_share(batch, self.settings.micro_batch, world):
                 terms = self._forward(part, count)
-                sums += torch.stack([terms.ce, terms.kl])
+                if counts:
+                    sums += torch.stack([terms.ce, terms.kl])
             values[f"validation/{name}/ce"], values[f"validation/{name}/kl"] = self.strategy.sum(sums).tolist()
         return values
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xlstm_distill.contract.exitcode import Stopped
-from xlstm_distill.contract.job import JobFolder
+from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.schema import Training
 from xlstm_distill.data.stream import Batch, SampleStream
 from xlstm_distill.parallel.strategy import Strategy
@@ -60,14 +60,18 @@ def train(
     steps = max(1, settings.tokens // tokens_per_step)
     lead = strategy.world.rank == 0
     done, validations = _resume(task, stream, folder)
-    first, started = done, time.monotonic()
+    first, started, saved = done, time.monotonic(), done if validations else -1
 
     def save() -> None:
+        nonlocal saved
+        if saved == done:  # a stop right after a checkpoint: replacing it would leave a moment without one
+            return
+        saved = done
         state = {"stream": stream.state_dict(), "validations": validations, "identity": dict(folder.job.identity)}
         tensors = training_state(task.parameters, task.optimizer)
         checkpoint.save(folder.checkpoints, done, tensors, state, settings.keep)
 
-    with Metrics(folder.path, steps, resume_at=done, enabled=lead, tensorboard=True) as metrics:
+    with Metrics(folder.path, steps, resume_at=done if validations else -1, enabled=lead, tensorboard=True) as metrics:
         if not validations:
             validations["start"] = task.validate()
             metrics.log(0, validations["start"])
@@ -121,3 +125,16 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
     """`batch` in parts of `size` samples."""
     for start in range(0, len(batch.tokens), size):
         yield batch.rows(slice(start, start + size))
+
+
+def held_out_share(batch: Batch, size: int, world: World) -> Iterator[tuple[Batch, bool]]:
+    """This rank's micro-batches of held-out samples, and whether they count.
+
+    Every rank gets as many: a forward of sharded parameters is collective, and a rank that ran one fewer would leave the
+    others waiting. Those that do not count repeat the first sample.
+    """
+    largest = -(-len(batch.tokens) // world.size)
+    mine = list(micro_batches(batch.rows(slice(world.rank, None, world.size)), size))
+    yield from ((part, True) for part in mine)
+    for _ in range(-(-largest // size) - len(mine)):
+        yield batch.rows(slice(0, 1)), False

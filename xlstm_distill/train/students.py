@@ -53,7 +53,7 @@ def save_student(model: HybridForCausalLM, source: Path, destination: Path, stra
         return
     with folder_atomic(destination) as beside:
         for file in source.iterdir():
-            if file.suffix != ".safetensors" and file.name != "model.safetensors.index.json":
+            if file.is_file() and file.suffix != ".safetensors" and file.name != "model.safetensors.index.json":
                 shutil.copyfile(file, beside / file.name)
         writer = ShardWriter(beside)
         for name, parameter in model.named_parameters():

@@ -1,0 +1,87 @@
+"""Sparse targets are the teacher's log-probabilities and the log of what is left."""
+
+import json
+
+import pytest
+import torch
+from data_support import make_config, make_job
+from model_support import VOCABULARY, tiny_teacher
+
+from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.job import World
+from xlstm_distill.contract.schema import Distill, Strategy
+from xlstm_distill.data.stream import Batch
+from xlstm_distill.objectives.distill import DenseTargets
+from xlstm_distill.parallel.strategy import make_strategy
+from xlstm_distill.teacher.targets import OnlineTargets, cached_targets, make_target_source, sparse_targets
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("top_k", [1, 5, 29, 30])
+def test_they_are_the_softmax_at_temperature_one_in_falling_order(top_k, chunk):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(20, 8), torch.randn(30, 8)
+    ids, log_probs, tail = sparse_targets(hidden, head, top_k, chunk)
+    reference = (hidden.double() @ head.double().T).log_softmax(-1)
+    assert ids.equal(reference.topk(top_k).indices)
+    torch.testing.assert_close(log_probs.double(), reference.topk(top_k).values, atol=1e-5, rtol=1e-5)
+    rest = torch.ones(20, 30, dtype=torch.bool).scatter(1, ids, False)
+    wanted = reference.masked_fill(~rest, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(tail.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert (top_k == 30) == bool(tail.isinf().all())
+
+
+def test_a_tail_far_below_float32s_rounding_is_not_lost():
+    hidden, head = torch.tensor([[1.0]]), torch.tensor([[60.0], [0.0], [0.0]])
+    _, log_probs, tail = sparse_targets(hidden, head, 1, 4)
+    assert float(log_probs) == 0.0
+    assert float(tail) == pytest.approx(-60 + torch.log(torch.tensor(2.0)).item(), abs=1e-5)
+
+
+def batch(count=3, length=10):
+    tokens = torch.randint(3, VOCABULARY, (count, length + 1), generator=torch.Generator().manual_seed(0))
+    return Batch(tokens, torch.ones_like(tokens).bool(), torch.zeros_like(tokens))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("loss", ["full", "topk", "topk_tail"])
+def test_the_teacher_beside_the_student_gives_its_own_logits(tmp_path, loss, tied):
+    teacher = tiny_teacher(tie_word_embeddings=tied)
+    teacher.save_pretrained(tmp_path)
+    strategy = make_strategy(Strategy(precision="float32", threads=1), World())
+    online = OnlineTargets(tmp_path, Distill(loss=loss, targets="online"), 5, strategy)
+    given = batch()
+    with torch.no_grad():
+        wanted = teacher(given.tokens[:, :-1]).logits.flatten(0, 1).log_softmax(-1)
+    found = online(given)
+    if loss == "full":
+        assert isinstance(found, DenseTargets)
+        torch.testing.assert_close((found.hidden @ found.head_weight.T).log_softmax(-1), wanted, atol=1e-4, rtol=1e-4)
+    else:
+        assert found.ids.shape == (30, 5)
+        torch.testing.assert_close(found.log_probs, wanted.topk(5).values, atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad for p in online.model.parameters())
+    assert not online.model.lm_head._forward_pre_hooks
+
+
+def test_cached_targets_come_flat_and_their_absence_is_told():
+    given = batch()
+    with pytest.raises(Mistake, match="hold no teacher targets; run stage=cache"):
+        cached_targets(given)
+    given.targets = (torch.zeros(3, 10, 4).long(), torch.zeros(3, 10, 4), torch.zeros(3, 10))
+    found = cached_targets(given)
+    assert [tuple(x.shape) for x in vars(found).values()] == [(30, 4), (30, 4), (30,)]
+
+
+def test_targets_of_another_teacher_are_refused_before_anything_is_loaded(tmp_path):
+    config = make_config()
+    fetched = make_job(tmp_path, "fetch", config)
+    (fetched.output / "teacher.json").write_text(json.dumps({"weights": "aa", "tokenizer": "bb"}))
+    job = make_job(tmp_path, "distill", config)
+    note = {"codec": 1, "teacher": "zz", "tokenizer": "bb", "top_k": config.cache.top_k}
+    for split in ("train", "validation"):
+        (tmp_path / "shards/mine" / split).mkdir(parents=True)
+        (tmp_path / "shards/mine" / split / "targets.json").write_text(json.dumps(note))
+    strategy = make_strategy(Strategy(threads=1), World())
+    with pytest.raises(Mistake, match="made with teacher=zz, this run has teacher=aa"):
+        make_target_source(config, job, strategy, tmp_path / "shards", ["mine"])

@@ -1,0 +1,218 @@
+"""Training: an interrupted run ends where an unbroken one does, to the bit; accumulation changes nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from train_support import (
+    SEQUENCE,
+    SOURCES,
+    TOKENS_PER_STEP,
+    After,
+    Never,
+    make_run,
+    metrics,
+    run,
+    training_job,
+    weights,
+)
+
+from xlstm_distill.contract.exitcode import Mistake, Stopped
+from xlstm_distill.contract.job import JobFolder, World
+from xlstm_distill.data.stream import SampleStream, read_samples
+from xlstm_distill.parallel.strategy import make_strategy
+from xlstm_distill.runtime.stop import StopFlag
+from xlstm_distill.train.align import Alignment
+from xlstm_distill.train.distill import Distillation
+from xlstm_distill.train.loop import held_out_share
+from xlstm_distill.train.students import load_student, mixture
+
+ROOT = Path(__file__).parents[2]
+STAGES = [("align", {}), ("distill", {}), ("distill", {"targets": "online", "loss": "full"})]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def assert_same(first, second):
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not a[name].equal(b[name])] == []
+    assert metrics(first) == metrics(second)
+
+
+@pytest.mark.parametrize(("stage", "changes"), STAGES)
+@pytest.mark.parametrize("stops", [[3], [0, 2, 1]])
+def test_stopped_and_gone_on_equals_an_unbroken_run_to_the_bit(jobs, stage, changes, stops, tmp_path_factory):
+    name = f"{stage}-{changes.get('loss', 'default')}-{len(stops)}"
+    whole, broken = (training_job(jobs, f"{name}-{kind}", stage, **changes) for kind in ("whole", "broken"))
+    facts = run(whole)
+    for after in stops:
+        with pytest.raises(Stopped, match="stopped at step . of 6; launch again to go on"):
+            run(broken, After(after))
+    assert not (broken.output / "student").exists()
+    again = run(broken)
+    assert_same(whole, broken)
+    del facts["tokens_per_s"], again["tokens_per_s"]
+    assert facts == again
+    assert [record["step"] for record in metrics(broken)] == list(range(7))
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_training_lowers_what_it_minimises_and_reports_it(jobs, stage):
+    longer = {"tokens": 40 * TOKENS_PER_STEP, "validate_every": 0, "schedule": "constant", "lr": 5e-3}
+    folder = training_job(jobs, f"{stage}-long", stage, **longer)
+    facts = run(folder)
+    assert (facts["steps"], facts["tokens"]) == (40, 40 * TOKENS_PER_STEP)
+    if stage == "align":
+        assert len(facts["error_before"]) == len(facts["error_after"]) == len(facts["output_gate"]) == 2
+        assert all(after < before for before, after in zip(facts["error_before"], facts["error_after"], strict=True))
+    else:
+        assert set(facts["validation"]) == {"start", "end"}
+        assert set(facts["validation"]["end"]) == set(SOURCES)
+        first, last = (sum(r["loss/kl"] for r in metrics(folder)[part]) for part in (slice(1, 6), slice(-5, None)))
+        assert last < first
+
+
+def test_a_stop_file_ends_in_a_checkpoint_and_a_second_stop_at_the_same_step_keeps_it(jobs):
+    folder = training_job(jobs, "distill-file", "distill")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    folder.stop_file.touch()
+    for _ in range(2):
+        with pytest.raises(Stopped, match="at step 0 of 6"):
+            run(folder, StopFlag(folder.stop_file))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert (folder.checkpoints / "latest").read_text() == "step-0"
+    with pytest.raises(Stopped):
+        run(folder, After(2))
+    written = (folder.checkpoints / "step-2/hashes.json").stat().st_mtime_ns
+    with pytest.raises(Stopped):
+        run(folder, After(0))
+    assert (folder.checkpoints / "step-2/hashes.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_longer_budget_goes_on_from_the_end(jobs, stage):
+    constant = {"schedule": "constant", "warmup": 0.0, "validate_every": 2}
+    whole = training_job(jobs, f"{stage}-budget", stage, tokens=4 * TOKENS_PER_STEP, **constant)
+    short = training_job(jobs, f"{stage}-short", stage, tokens=2 * TOKENS_PER_STEP, **constant)
+    run(whole)
+    run(short)
+    run(training_job(jobs, f"{stage}-short", stage, tokens=4 * TOKENS_PER_STEP, **constant))
+    a, b = weights(whole), weights(short)
+    assert all(a[name].equal(b[name]) for name in a)
+    lines = metrics(short)
+    assert [record["step"] for record in lines] == [0, 1, 2, 3, 4]
+    assert [record["total"] for record in lines] == [2, 2, 2, 4, 4]
+
+
+def test_a_finished_job_is_run_again_without_a_step(jobs):
+    folder = training_job(jobs, "align-again", "align")
+    first = run(folder)
+    before = weights(folder)
+    second = run(folder)
+    assert {k: v for k, v in first.items() if k != "tokens_per_s"} == {
+        k: v for k, v in second.items() if k != "tokens_per_s"
+    }
+    assert all(before[name].equal(tensor) for name, tensor in weights(folder).items())
+
+
+def test_a_checkpoint_of_other_settings_is_refused_in_one_line(jobs):
+    folder = training_job(jobs, "distill-other", "distill")
+    with pytest.raises(Stopped):
+        run(folder, After(1))
+    other = JobFolder(folder.path, replace(folder.job, identity={"seed": 1}), folder.config)
+    with pytest.raises(Mistake, match=r"step-1: made with seed=0, this job has 1; use another --name") as caught:
+        run(other)
+    assert "\n" not in str(caught.value)
+
+
+def gradients(jobs, stage, micro_batch):
+    config = training_job(jobs, "unused", stage, micro_batch=micro_batch, clip=0.0).config
+    strategy = make_strategy(config.strategy, World())
+    model = load_student(jobs / "align/output" / ("initial" if stage == "align" else "student"))
+    shards = jobs / "cache/output"
+    batch = next(SampleStream(mixture(SOURCES, shards), batch=4, seed=0))
+    if stage == "align":
+        model.requires_grad_(False)
+        for parameter in model.mixer_parameters().values():
+            parameter.requires_grad_(True)
+        task = Alignment(model, replace(config.align, clip=0.0), strategy, {})
+    else:
+        from xlstm_distill.teacher.targets import cached_targets
+
+        task = Distillation(model, cached_targets, config.distill, strategy, {})
+    values = task.step(batch)
+    return values, {name: p.grad for name, p in task.parameters.items()}
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_accumulation_gives_the_gradients_of_the_whole_batch(jobs, stage):
+    (values, whole), (parts_values, parts) = gradients(jobs, stage, 4), gradients(jobs, stage, 1)
+    assert values == pytest.approx(parts_values, rel=1e-5)
+    for name, gradient in whole.items():
+        assert (gradient - parts[name]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize(("count", "world", "size"), [(5, 2, 1), (6, 2, 2), (1, 2, 4), (7, 3, 2), (3, 4, 1)])
+def test_ranks_share_held_out_samples_in_as_many_forwards_each(jobs, count, world, size):
+    batch = read_samples(jobs.parent / "shards/mine/train", count)
+    shares = [list(held_out_share(batch, size, World(rank=rank, size=world))) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    seen = [row.tolist() for share in shares for part, counts in share if counts for row in part.tokens]
+    assert sorted(seen) == sorted(batch.tokens.tolist())
+    assert all(len(part.tokens) for share in shares for part, _ in share)
+
+
+def test_a_part_that_does_not_count_changes_no_sum(jobs):
+    config = training_job(jobs, "unused", "align").config
+    strategy = make_strategy(config.strategy, World())
+    model = load_student(jobs / "align/output/student")
+    model.requires_grad_(False)
+    for parameter in model.mixer_parameters().values():
+        parameter.requires_grad_(True)
+    task = Alignment(model, config.align, strategy, {})
+    batch = read_samples(jobs.parent / "shards/mine/train", 3)
+    task._forward([(batch, True)], train=False)
+    alone, positions = task._sums(), task.objectives[0].positions
+    task._forward([(batch, True), (batch.rows(slice(0, 1)), False)], train=False)
+    assert task._sums().equal(alone)
+    assert task.objectives[0].positions == positions == 3 * SEQUENCE
+
+
+def test_a_missing_student_and_missing_shards_are_one_line(jobs, tmp_path):
+    with pytest.raises(Mistake, match="no student there"):
+        load_student(tmp_path)
+    with pytest.raises(Mistake, match="no training shards for source mine"):
+        mixture(SOURCES, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_killed_at_any_moment_and_started_again_it_ends_the_same(jobs, stage):
+    settings = {"tokens": 120 * TOKENS_PER_STEP, "checkpoint_every": 7, "validate_every": 50}
+    whole = training_job(jobs, f"{stage}-unkilled", stage, **settings)
+    killed = training_job(jobs, f"{stage}-killed", stage, **settings)
+    run(whole)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for target in (3, 40):
+        command = [sys.executable, "-m", "xlstm_distill", str(killed.path)]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(metrics(killed)) < target and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    run(killed, Never())
+    torch.testing.assert_close(weights(killed), weights(whole), rtol=0, atol=0)
+    assert metrics(killed) == metrics(whole)
