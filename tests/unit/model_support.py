@@ -57,9 +57,7 @@ def rotate(x, position, base):
     half = x.shape[-1] // 2
     angle = position * base ** (-torch.arange(half, dtype=torch.float64) / half)
     first, second = x[..., :half], x[..., half:]
-    return torch.cat(
-        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1
-    )
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
 
 
 def rms_norm(x, weight, eps):

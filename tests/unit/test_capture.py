@@ -100,15 +100,15 @@ def test_the_stream_mixes_them_and_the_note_says_whose_they_are(tmp_path, teache
             check_targets(part.folder, {"teacher": "cc"})
 
 
-def test_facts_count_and_max_samples_cuts_the_training_split_only(tmp_path, teacher):
-    job = cache_job(tmp_path, teacher, max_samples=6)
+def test_facts_count_and_max_samples_cuts_both_splits(tmp_path, teacher):
+    job = cache_job(tmp_path, teacher, max_samples=2)
     run(job, ALONE, NeverStop())
     facts = read_manifest(job.piece_path("mine")).facts
-    assert {split: facts[split]["samples"] for split in COUNTS} == {"train": 6, "validation": 3}
-    assert facts["train"]["tokens"] == 6 * SEQUENCE
+    assert {split: facts[split]["samples"] for split in COUNTS} == {"train": 2, "validation": 2}
+    assert facts["train"]["tokens"] == 2 * SEQUENCE
     assert facts["train"]["bytes_per_token"] == pytest.approx(4 * TOP_K + 2 + 28 / SEQUENCE, abs=1e-3)
     last = json.loads((job.path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert (last["step"], last["total"]) == (9, 9)
+    assert (last["step"], last["total"]) == (4, 4)
 
 
 def test_after_a_stop_finished_sources_stand_and_only_the_others_are_done(tmp_path, teacher):

@@ -105,7 +105,10 @@ def files_of_at_most(size):
 
 def test_a_write_that_fails_is_one_line_and_the_earlier_checkpoint_is_intact(tmp_path):
     save(tmp_path, 1)
-    with files_of_at_most(1 << 14), pytest.raises(Mistake, match=r"step-2: the checkpoint could not be written .*intact"):
+    with (
+        files_of_at_most(1 << 14),
+        pytest.raises(Mistake, match=r"step-2: the checkpoint could not be written .*intact"),
+    ):
         save(tmp_path, 2, size=100_000)
     assert names(tmp_path) == ["latest", "step-1"]
     assert checkpoint.read_state(checkpoint.latest(tmp_path))["step"] == 1

@@ -81,7 +81,7 @@ def test_an_unfinished_or_changed_input_is_named(tmp_path):
     digest = fetch.finish({}).digest
     assert tokenize.input_digests() == {"fetch": digest}
     (fetch.output / "x").write_text("ab")
-    with pytest.raises(Mistake, match="input fetch: .*x has 2 bytes, its manifest says 3"):
+    with pytest.raises(Mistake, match=r"input fetch: .*x has 2 bytes, its manifest says 3"):
         tokenize.input_digests()
 
 

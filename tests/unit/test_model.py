@@ -124,7 +124,9 @@ def test_beams_take_their_state_along(tmp_path, choices):
         swapped = student(ids.flip(0)[:, 12:], past_key_values=cache, use_cache=True).logits
         torch.testing.assert_close(swapped, student(ids.flip(0)).logits[:, 12:], atol=1e-4, rtol=1e-4)
     best = student.generate(ids[:1], num_beams=3, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    plain = student.generate(ids[:1], num_beams=3, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=False)
+    plain = student.generate(
+        ids[:1], num_beams=3, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=False
+    )
     assert best.tolist() == plain.tolist()
 
 

@@ -79,7 +79,9 @@ def test_the_state_by_name_carries_training_over_to_another_optimizer():
     optimizer = make_optimizer({1e-2: dict(model.named_parameters())}, settings)
     run_steps(model, optimizer, 3)
     saved = {name: t.clone() for name, t in training_state(dict(model.named_parameters()), optimizer).items()}
-    assert set(saved) == {f"{kind}.{n}" for kind in ("parameter", "exp_avg", "exp_avg_sq") for n in dict(model.named_parameters())}
+    assert set(saved) == {
+        f"{kind}.{n}" for kind in ("parameter", "exp_avg", "exp_avg_sq") for n in dict(model.named_parameters())
+    }
     run_steps(model, optimizer, 2)
 
     torch.manual_seed(9)

@@ -26,9 +26,7 @@ def draw(length, seed=0):
 
 def attend(query, key, value, window, sinks, mask=None):
     positions = ordinals(mask, query.shape[2], query.device)
-    return window_attention(
-        query, key, value, positions, positions, *take_sinks(key, value, positions, sinks), window
-    )
+    return window_attention(query, key, value, positions, positions, *take_sinks(key, value, positions, sinks), window)
 
 
 def with_gradients(function, tensors, dtype, *settings):

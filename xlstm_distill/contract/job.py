@@ -1,12 +1,12 @@
 """The seam between launcher and stages: a job folder, and the environment variables of its ranks.
 
-    runs/NAME/jobs/JOB/
-        config.yaml      {job: …, config: …}, both resolved
-        submit.sbatch    what Slurm got (Slurm only)
-        logs/            one file per rank        tensorboard/   metrics.jsonl
-        checkpoints/     step-N/, latest          stop           asks every rank to checkpoint and end (exit code 75)
-        pieces/          one manifest per finished piece
-        output/          what the job makes       manifest.json  written last: the job is done
+runs/NAME/jobs/JOB/
+    config.yaml      {job: …, config: …}, both resolved
+    submit.sbatch    what Slurm got (Slurm only)
+    logs/            one file per rank        tensorboard/   metrics.jsonl
+    checkpoints/     step-N/, latest          stop           asks every rank to checkpoint and end (exit code 75)
+    pieces/          one manifest per finished piece
+    output/          what the job makes       manifest.json  written last: the job is done
 """
 
 import os
@@ -59,7 +59,7 @@ class World:
     @classmethod
     def from_environment(cls) -> "World":
         """Read RANK, WORLD_SIZE, LOCAL_RANK, XDL_ELEMENT, XDL_ELEMENTS (absent: one rank, one element)."""
-        number = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
+        number = lambda name, default: int(os.environ.get(name, str(default)))  # noqa: E731
         return cls(
             number("RANK", 0),
             number("WORLD_SIZE", 1),
@@ -139,7 +139,9 @@ class JobFolder:
         for name in self.job.inputs:
             manifest = read_manifest(self.sibling(name) / "manifest.json")
             if manifest is None:
-                raise Mistake(f"{self.job.name}: needs {name}, which is not finished (no {self.sibling(name)}/manifest.json)")
+                raise Mistake(
+                    f"{self.job.name}: needs {name}, which is not finished (no {self.sibling(name)}/manifest.json)"
+                )
             if wrong := verify_outputs(manifest, self.input(name)):
                 raise Mistake(f"{self.job.name}: input {name}: {wrong}; remove its manifest.json and launch again")
             digests[name] = manifest.digest

@@ -47,13 +47,19 @@ class HybridLayerCache(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Append positions; return what the new queries may read: [B, H_kv, W − 1 + T, D]. Sinks are kept besides."""
+        assert self.keys is not None
+        assert self.values is not None
         keys, values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
         self._keep_sinks(key_states, value_states, positions)
         tape = torch.cat([self.positions, positions], 1)
         self.window_positions = tape
         first = tape.shape[1] - (self.window - 1)
         # Clones: a view would keep the whole prefix alive.
-        self.keys, self.values, self.positions = keys[:, :, first:].clone(), values[:, :, first:].clone(), tape[:, first:]
+        self.keys, self.values, self.positions = (
+            keys[:, :, first:].clone(),
+            values[:, :, first:].clone(),
+            tape[:, first:],
+        )
         self.seen = torch.maximum(self.seen, positions.amax(1) + 1)
         self.cumulative_length += key_states.shape[2]
         return keys, values
@@ -121,6 +127,8 @@ class HybridCache(Cache):
         windows: W of each layer.
         sinks: sink positions.
     """
+
+    layers: list[HybridLayerCache]  # type: ignore[assignment]
 
     def __init__(self, windows: list[int], sinks: int) -> None:
         super().__init__(layers=[HybridLayerCache(window, sinks) for window in windows])

@@ -13,6 +13,8 @@ from .configuration import HybridConfig
 from .modeling import new_parameter_state
 
 INDEX_FILE = "model.safetensors.index.json"
+COPIED = (".json", ".jinja", ".txt", ".model")
+"""Kinds of files of the teacher that belong to the tokenizer and to generation."""
 
 
 def convert(teacher: Path, destination: Path, **choices: object) -> HybridConfig:
@@ -34,9 +36,8 @@ def convert(teacher: Path, destination: Path, **choices: object) -> HybridConfig
     for old, new in renamed.items():
         shutil.copyfile(teacher / old, destination / new)
     for file in teacher.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX_FILE):
-            if file.suffix in (".json", ".jinja", ".txt", ".model"):
-                shutil.copyfile(file, destination / file.name)
+        if file.suffix in COPIED and file.is_file() and file.name not in ("config.json", INDEX_FILE):
+            shutil.copyfile(file, destination / file.name)
     state = new_parameter_state(HybridConfig(base, **choices), _dtype(teacher, weights))  # type: ignore[arg-type]
     mixers = _shard_name(len(renamed) + 1, len(renamed) + 1)
     save_file(state, destination / mixers, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""What stands in place of a teacher's attention module: mLSTM, window with sinks, and the gate between them (Eq. 11)."""
+"""What stands in place of a teacher's attention module: mLSTM, window with sinks, the gate between them (Eq. 11)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +30,10 @@ class HybridMixer(nn.Module):
     """Stage I: called in place of `mix`, returns the stream's attention output [B, H, T, D]."""
     gate_hook: Callable[[int, Tensor], None] | None = None
     """Called with the layer index and the output gate [B, H, T, 1] of every forward."""
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
 
     def __init__(self, config: HybridConfig, attention: nn.Module) -> None:
         super().__init__()
@@ -81,7 +85,11 @@ class HybridMixer(nn.Module):
         """
         projected = self.project(hidden_states, position_embeddings)
         layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        mixed = self.objective(self, projected, padding_mask) if self.objective else self.mix(projected, padding_mask, layer)
+        mixed = (
+            self.objective(self, projected, padding_mask)
+            if self.objective
+            else self.mix(projected, padding_mask, layer)
+        )
         return self.o_proj(mixed.transpose(1, 2).flatten(2).to(hidden_states.dtype)), None
 
     def project(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> "Projected":

@@ -2,8 +2,8 @@
 
     S_t = f_t S_{t-1} + i_t φ(k_t) ⊗ v_t        z_t = f_t z_{t-1} + i_t φ(k_t)        h_t = φ(q_t) S_t / (φ(q_t) z_t)
 
-`i` is soft-capped and log f ≤ 0, so S and z stay below T·e¹⁵ and fit float32 without a running maximum. The value gets a
-column of ones, so that z is the last column of S and both are one product.
+`i` is soft-capped and log f ≤ 0, so S and z stay below T·e¹⁵ and fit float32 without a running maximum. The value gets
+a column of ones, so that z is the last column of S and both are one product.
 """
 
 import torch
@@ -43,7 +43,9 @@ def mlstm(
     # Sums of log f within a chunk in float64: differences of large sums are what decays are made of.
     forget = F.pad(log_forget.double(), (0, rest)).unflatten(-1, (-1, chunk)).cumsum(-1)
 
-    into_state = (forget[..., -1:] - forget + log_input).exp().float()  # [B, H, N, L]: weight of s in the chunk's last state
+    into_state = (
+        (forget[..., -1:] - forget + log_input).exp().float()
+    )  # [B, H, N, L]: weight of s in the chunk's last state
     update = (key * into_state[..., None]).transpose(-1, -2) @ value  # [B, H, N, D, E + 1]
     decay = forget[..., -1].exp().float()[..., None, None]  # [B, H, N, 1, 1]
     states, state = _carry(state, update, decay)

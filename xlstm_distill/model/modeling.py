@@ -121,7 +121,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(loss=objective(hidden, self.lm_head.weight))
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits = self.lm_head(kept)
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1]) if labels is not None else None
+        loss = (
+            self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            if labels is not None
+            else None
+        )
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )

@@ -38,7 +38,7 @@ def window_attention(
     Returns:
         [B, H, T, E].
     """
-    batch, heads, length, _ = query.shape
+    batch, _, length, _ = query.shape
     block = min(length, max(window, 64))
     past = key.shape[2] - length
     missing = window - 1 - past  # so that every block reads W − 1 positions before its first query
@@ -54,10 +54,11 @@ def window_attention(
     blocks = query.shape[2]
     key = torch.cat([key, _to_blocks(sink_key, blocks)], 3)
     value = torch.cat([value, _to_blocks(sink_value, blocks)], 3)
-    mask = torch.cat([_in_window(query_position, key_position, window), _is_sink(query_position, sink_position, window)], -1)
+    mask = torch.cat(
+        [_in_window(query_position, key_position, window), _is_sink(query_position, sink_position, window)], -1
+    )
     mixed = F.scaled_dot_product_attention(_fold(query), _fold(key), _fold(value), attn_mask=_fold_mask(mask, batch))
-    mixed = mixed.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
-    return mixed
+    return mixed.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def _spans(x_BHSD: Tensor, block: int, window: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Stage I (paper §3.2, Eq. 12): each mixer learns its layer's attention output from the frozen teacher's stream.
 
 The layers are independent: the stream goes on with the teacher's own attention output, and each layer's backward runs
-inside its forward, so memory does not grow with depth. Teacher and student share the projections, so one model holds both.
+inside its forward, so memory does not grow with depth. Teacher and student share the projections, so one model holds
+both.
 """
 
 from dataclasses import dataclass

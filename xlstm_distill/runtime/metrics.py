@@ -43,9 +43,9 @@ class Metrics:
         if before and not before.endswith(b"\n"):  # torn by a kill
             self._file.write("\n")
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils import tensorboard as boards
 
-            self._board = SummaryWriter(
+            self._board = boards.SummaryWriter(
                 str(folder / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1
             )
 
@@ -69,7 +69,9 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -123,6 +123,10 @@ def sparse_targets(hidden: Tensor, head_weight: Tensor, top_k: int, chunk: int) 
 def _sparse_chunk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.float()
     top, ids = logits.topk(top_k, dim=-1)
-    rest = logits.scatter(1, ids, -torch.inf).logsumexp(-1) if top_k < logits.shape[1] else top.new_full((len(top),), -torch.inf)
+    rest = (
+        logits.scatter(1, ids, -torch.inf).logsumexp(-1)
+        if top_k < logits.shape[1]
+        else top.new_full((len(top),), -torch.inf)
+    )
     normaliser = torch.logaddexp(top.logsumexp(-1), rest)
     return ids, top - normaliser[:, None], rest - normaliser

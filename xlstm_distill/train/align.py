@@ -97,7 +97,8 @@ class Alignment(Task):
             gate = torch.stack([o.gate for o in self.objectives if o.gate is not None])
             totals, gates = (sums, gate) if totals is None or gates is None else (totals + sums, gates + gate)
             positions += self.objectives[0].positions
-        assert totals is not None and gates is not None
+        assert totals is not None
+        assert gates is not None
         count = self.strategy.sum(torch.tensor(float(positions), device=totals.device))
         errors, norms = self.strategy.sum(totals)
         self.gates = (self.strategy.sum(gates) / count).tolist()
@@ -127,7 +128,11 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     strategy.prepare(model, replicated=new.values())
     tokens = token_folder(folder)
     stream = SampleStream(
-        mixture(config.data.sources, tokens), batch=config.align.batch, seed=config.seed, rank=world.rank, world=world.size
+        mixture(config.data.sources, tokens),
+        batch=config.align.batch,
+        seed=config.seed,
+        rank=world.rank,
+        world=world.size,
     )
     count = max(world.size, config.align.validation_samples // len(config.data.sources))
     validation = {name: read_samples(tokens / name / "validation", count) for name in config.data.sources}

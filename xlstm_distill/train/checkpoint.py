@@ -53,7 +53,9 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
             _prune(folder, keep)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise Mistake(f"{final}: the checkpoint could not be written ({_cause(error)}); the earlier ones are intact") from error
+        raise Mistake(
+            f"{final}: the checkpoint could not be written ({_cause(error)}); the earlier ones are intact"
+        ) from error
     _barrier()
 
 
@@ -99,7 +101,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Mistake(f"{checkpoint}: not a whole checkpoint ({error}); remove it to go on from an older one") from error
+        raise Mistake(
+            f"{checkpoint}: not a whole checkpoint ({error}); remove it to go on from an older one"
+        ) from error
     for name, expected in hashes.items():
         file = checkpoint / name
         if not file.is_file() or hash_file(file) != expected:

@@ -1,4 +1,4 @@
-"""The training loop, of Stage I and Stage II alike. What a step does is the task's: `train/align.py`, `train/distill.py`."""
+"""The training loop, of Stage I and Stage II alike. A step is the task's: `train/align.py`, `train/distill.py`."""
 
 import time
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ class Task(ABC):
 
     @abstractmethod
     def step(self, batch: Batch) -> dict[str, float]:
-        """Gradients of this rank's share of a global batch, clipped, and one optimiser step; what to log. Collective."""
+        """Gradients of this rank's share of a global batch, clipped, one optimiser step; what to log. Collective."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
@@ -37,7 +37,13 @@ class Task(ABC):
 
 
 def train(
-    task: Task, stream: SampleStream, settings: Training, sequence: int, folder: JobFolder, strategy: Strategy, stop: StopFlag
+    task: Task,
+    stream: SampleStream,
+    settings: Training,
+    sequence: int,
+    folder: JobFolder,
+    strategy: Strategy,
+    stop: StopFlag,
 ) -> dict[str, Any]:
     """Train until the token budget is consumed; resumes from the job's newest checkpoint.
 
@@ -130,8 +136,8 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 def held_out_share(batch: Batch, size: int, world: World) -> Iterator[tuple[Batch, bool]]:
     """This rank's micro-batches of held-out samples, and whether they count.
 
-    Every rank gets as many: a forward of sharded parameters is collective, and a rank that ran one fewer would leave the
-    others waiting. Those that do not count repeat the first sample.
+    Every rank gets as many: a forward of sharded parameters is collective, and a rank that ran one fewer would leave
+    the others waiting. Those that do not count repeat the first sample.
     """
     largest = -(-len(batch.tokens) // world.size)
     mine = list(micro_batches(batch.rows(slice(world.rank, None, world.size)), size))

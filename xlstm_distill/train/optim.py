@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from xlstm_distill.contract.schema import Training
 
 
-def make_optimizer(
-    groups: Mapping[float, Mapping[str, nn.Parameter]], settings: Training
-) -> torch.optim.AdamW:
+def make_optimizer(groups: Mapping[float, Mapping[str, nn.Parameter]], settings: Training) -> torch.optim.AdamW:
     """AdamW over `{peak learning rate: {name: parameter}}`; weight decay on parameters of two or more dimensions."""
     split = []
     for lr, parameters in groups.items():
@@ -24,7 +22,7 @@ def make_optimizer(
 
 
 def learning_rate(step: int, steps: int, peak: float, settings: Training) -> float:
-    """Learning rate of step `step` (from 0) of `steps`: linear warm-up to `peak`, then constant or cosine to `min_lr`."""
+    """Rate of step `step` (from 0) of `steps`: linear warm-up to `peak`, then constant or cosine to `min_lr`."""
     warmup = math.ceil(settings.warmup * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
