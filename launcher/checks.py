@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.schema import Config, Placement, Source, Training
+from xlstm_distill.contract.tasks import PREFIX, local_names
 
 STAGES = tuple(stage for stage in get_args(get_type_hints(Config)["stage"]) if stage != "pipeline")
 """Names of the stages, in the order of the pipeline."""
@@ -41,8 +42,12 @@ def problems(config: Config) -> Iterator[str]:
     yield from _names(config)
     yield from _student(config)
     yield from _data(config)
+    yield from _at_least(0, seed=config.seed)
     for stage in ("align", "distill"):
         yield from _training(stage, getattr(config, stage))
+        step = getattr(config, stage).batch * config.data.sequence
+        if 0 < getattr(config, stage).tokens < step:
+            yield f"{stage}.tokens={getattr(config, stage).tokens}: less than one step; expected {step} or more"
     yield from _distillation(config)
     yield from _places(config)
     yield from _evaluation(config)
@@ -232,6 +237,11 @@ def _places(config: Config) -> Iterator[str]:
 def _evaluation(config: Config) -> Iterator[str]:
     yield from _at_least(0, eval__limit=config.eval.limit)
     yield from _at_least(1, eval__samples=config.eval.samples, eval__batch=config.eval.batch)
+    local = local_names(config.sources) if set(config.experts) <= set(config.expert) else []
+    for task in config.eval.tasks:
+        if local and task.startswith(PREFIX) and task not in local:
+            nearest = get_close_matches(task, local, n=1, cutoff=0.0)[0]
+            yield f"eval.tasks={task}: no such local task; the nearest is {nearest} (all: {', '.join(local)})"
     known = ("teacher", "window", "aligned", "merged", *config.experts)
     for name in config.eval.models:
         if name not in known:

@@ -9,6 +9,7 @@ from pathlib import Path
 from xlstm_distill.contract.exitcode import DONE, MISTAKE, STOPPED, Mistake, Stopped
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.manifest import read_manifest
+from xlstm_distill.runtime.elastic import die_with_parent
 from xlstm_distill.runtime.stop import StopFlag
 
 STAGES = {
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m xlstm_distill JOB_DIR", file=sys.stderr)
         return MISTAKE
+    die_with_parent()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         run_job(Path(arguments[0]))

@@ -97,8 +97,8 @@ def _submit(job: Job, config: Config, site: Site, ids: Mapping[str, str], state:
     path = site.folder / "jobs" / job.name
     recorded = as_recorded(job, path)
     folder = JobFolder(path, recorded, config if recorded == job else JobFolder.read(path).config)
-    if state.kind == "outdated" and job.stage not in ("align", "distill"):
-        (path / "manifest.json").unlink(missing_ok=True)
+    if state.kind == "extend" or (state.kind == "outdated" and job.stage not in ("align", "distill")):
+        (path / "manifest.json").unlink(missing_ok=True)  # merge waits for the job's end, however it ends
     folder.write()
     folder.logs.mkdir(exist_ok=True)
     folder.stop_file.unlink(missing_ok=True)

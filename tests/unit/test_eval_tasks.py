@@ -7,8 +7,9 @@ import yaml
 from eval_support import tiny_tokenizer
 
 from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.tasks import local_names
 from xlstm_distill.evaluate.tasks import items
-from xlstm_distill.evaluate.tasks.publish import check_names, local_names, publish
+from xlstm_distill.evaluate.tasks.publish import check_names, publish
 from xlstm_distill.evaluate.tasks.text import Fragment, split
 
 

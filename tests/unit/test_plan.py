@@ -102,7 +102,7 @@ def test_paths_take_the_place_of_jobs() -> None:
         (["eval.samples=3"], {"eval"}),
         (["seed=1"], {"align", "distill-math", "distill-code"}),
         (["data.sources.demo_math.weight=.3", "data.sources.demo_code.weight=.7"], {"align"}),
-        (["align.tokens=9", "align.micro_batch=1", "align.validate_every=3", "align.checkpoint_every=3"], set()),
+        (["align.tokens=9999", "align.micro_batch=1", "align.validate_every=3", "align.checkpoint_every=3"], set()),
         (["data.workers=2", "strategy=fsdp", "strategy.threads=1", "eval.batch=1", "cache.micro_batch=1"], set()),
         (["cluster=slurm", "cluster.stages.align.gpus_per_node=4", "name=x", "student.chunk=32"], set()),
         (["distill.validation_samples=3", "distill.keep=9", "align.validation_samples=1"], set()),
@@ -168,7 +168,13 @@ def test_a_started_job_of_other_settings_is_refused_too_but_not_one_that_made_no
 def test_a_run_serves_a_part_of_its_sources(tmp_path: Path) -> None:
     finish(DEMO, tmp_path)
     one = compose(
-        ["experts=[math]", "student.window=64", "~data.sources.demo_code", "data.sources.demo_math.weight=1"]
+        [
+            "experts=[math]",
+            "student.window=64",
+            "~data.sources.demo_code",
+            "data.sources.demo_math.weight=1",
+            "eval.tasks=[local_recall]",
+        ]
     ).config
     fetch = plan(one)["fetch"]
     assert state_of(tmp_path / "fetch", fetch).done
@@ -201,6 +207,24 @@ def test_checkpoints_made_from_other_inputs_are_set_aside(tmp_path: Path) -> Non
     manifest = read_manifest(tmp_path / "tokenize/manifest.json")
     assert manifest is not None
     assert record["tokenize"] == manifest.digest
+
+
+def test_a_damaged_fetch_is_fetched_anew_and_not_certified(tmp_path: Path) -> None:
+    finish(DEMO, tmp_path, "fetch")
+    path = tmp_path / "fetch"
+    file = next(p for p in sorted((path / "output").rglob("*")) if p.is_file())
+    file.write_text(file.read_text() + "cut or grown")
+    prepare(path, plan(DEMO)["fetch"])
+    assert not (path / "output").exists()
+    assert not (path / "manifest.json").exists()
+    assert (path / "stale-1/output").is_dir()
+
+
+def test_while_a_job_is_extended_its_old_manifest_is_gone(tmp_path: Path) -> None:
+    finish(DEMO, tmp_path, "fetch", "tokenize", "align")
+    job = plan(with_key(DEMO, "align", tokens=2 * DEMO.align.tokens))["align"]
+    assert prepare(tmp_path / "align", job).kind == "extend"
+    assert not (tmp_path / "align/manifest.json").exists()
 
 
 def test_preparing_a_job_names_the_input_that_is_missing(tmp_path: Path) -> None:

@@ -184,3 +184,18 @@ def test_a_bad_scores_file_is_one_line(tmp_path, capsys, content, message):
 def test_bad_arguments_are_one_line(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_expert_is_judged_by_its_own_domain_only():
+    from types import SimpleNamespace
+
+    from xlstm_distill.evaluate.collect import checks
+
+    def model(name, math, code):
+        return SimpleNamespace(name=name, heldout={"math": {"kl": math}, "code": {"kl": code}})
+
+    distill = {"math": {"validation": {"end": {"math": {"kl": 0.9}}}}, "code": {"validation": {"end": {"code": {}}}}}
+    models = [model("aligned", 0.5, 0.5), model("math", 0.9, 0.49), model("code", 0.6, 0.4)]
+    found = checks(SimpleNamespace(align={}, models=models, distill=distill))
+    assert [passed for passed, _ in found] == [False, True]
+    assert "lower on math" in found[0][1]

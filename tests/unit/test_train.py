@@ -116,6 +116,12 @@ def test_a_longer_budget_goes_on_from_the_end(jobs, stage):
     assert [record["total"] for record in lines] == [2, 2, 2, 4, 4]
 
 
+def test_a_budget_below_the_checkpoint_is_refused_in_one_line(jobs):
+    run(training_job(jobs, "align-smaller", "align", tokens=4 * TOKENS_PER_STEP))
+    with pytest.raises(Mistake, match=r"checkpoint is at step 4, beyond the 2 steps"):
+        run(training_job(jobs, "align-smaller", "align", tokens=2 * TOKENS_PER_STEP))
+
+
 def test_a_finished_job_is_run_again_without_a_step(jobs):
     folder = training_job(jobs, "align-again", "align")
     first = run(folder)

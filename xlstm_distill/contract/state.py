@@ -126,13 +126,11 @@ def prepare(path: Path, job: Job) -> State:
             raise Mistake(f"{job.name}: needs {name}, which is not finished (no {path.parent / name}/manifest.json)")
         digests[name] = upstream.digest
     record, manifest = path / "inputs.json", read_manifest(path / "manifest.json")
-    if (
-        job.stage in TRAINING
-        and (path / "checkpoints").exists()
-        and _started_from(record, manifest) not in (None, digests)
-    ):
+    other_inputs = job.stage in TRAINING and begun(path) and _started_from(record, manifest) not in (None, digests)
+    damaged = job.stage == "fetch" and state.kind == "outdated"  # fetch keeps the files that it finds
+    if other_inputs or damaged:
         set_aside(path)
-    elif state.kind == "outdated":
+    else:  # while the job runs, nobody may take its earlier output for the one that is asked for
         (path / "manifest.json").unlink(missing_ok=True)
     write_json(record, digests)
     return state

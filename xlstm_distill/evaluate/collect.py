@@ -166,7 +166,12 @@ def _alignment_checks(results: Results) -> list[tuple[bool, str]]:
     ]
     gates = results.align.get("output_gate")
     if gates:
-        shut = [f"{layer}.{head}" for layer, row in enumerate(gates) for head, gate in enumerate(row) if gate < SHUT]
+        shut = [
+            f"{layer}.{head}"
+            for layer, row in enumerate(gates)
+            for head, gate in enumerate(row)
+            if not SHUT < gate < 1 - SHUT
+        ]
         found.append((not shut, "no head shut" + (f": layer.head {_few(shut)}" if shut else "")))
     return found
 
@@ -186,5 +191,9 @@ def _heldout_checks(results: Results) -> list[tuple[bool, str]]:
         a, b = models[worse].heldout, models[better].heldout
         changes = {source: (a[source]["kl"], b[source]["kl"]) for source in a if source in b}
         words = ", ".join(f"{source} {old:.3f} → {new:.3f}" for source, (old, new) in changes.items())
-        found.append((any(new < old for old, new in changes.values()), f"held-out KL, {worse} → {better}: {words}"))
+        # An expert is judged by its own domain; every other student by all.
+        own = results.distill.get(better, {}).get("validation", {}).get("end", changes)
+        judged = [new < old for source, (old, new) in changes.items() if source in own]
+        on = f" on {', '.join(own)}" if better in results.distill else ""
+        found.append((bool(judged) and all(judged), f"held-out KL, {worse} → {better}, lower{on}: {words}"))
     return found

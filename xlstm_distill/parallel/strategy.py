@@ -32,7 +32,7 @@ class Strategy:
         if cuda:
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // world.size))
+            torch.set_num_threads(settings.threads or _threads(world))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,6 +65,12 @@ class Strategy:
 
     def close(self) -> None:
         """Leave the process group."""
+
+
+def _threads(world: World) -> int:
+    """What the launcher or the user set, else this process's cores divided by the ranks."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else max(1, len(os.sched_getaffinity(0)) // world.size)
 
 
 def make_strategy(settings: Settings, world: World) -> Strategy:

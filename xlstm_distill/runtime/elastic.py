@@ -1,10 +1,22 @@
 """`python -m xlstm_distill.runtime.elastic RANKS JOB_DIR`: the ranks of a job on one machine, through torch's elastic
 launch, and the first failing rank's own exit code (torchrun gives 1 for every failure, also for a stop by request)."""
 
+import ctypes
+import os
+import signal
 import sys
 import uuid
 
 from xlstm_distill.contract.exitcode import DONE
+
+DIE_WITH_PARENT = "XDL_DIE_WITH_PARENT"
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """In a rank that `launch` started: be killed when the launching process dies, so that no two runs ever write."""
+    if os.environ.get(DIE_WITH_PARENT) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def launch(ranks: int, job_folder: str) -> int:
@@ -28,6 +40,7 @@ def launch(ranks: int, job_folder: str) -> int:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(),
     )
+    os.environ[DIE_WITH_PARENT] = "1"  # the ranks lead sessions of their own: nobody else would end them
     try:
         elastic_launch(config, sys.executable)("-m", "xlstm_distill", job_folder)
     except ChildFailedError as error:

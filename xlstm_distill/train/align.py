@@ -17,6 +17,7 @@ from xlstm_distill.model import HybridForCausalLM, convert
 from xlstm_distill.objectives.align import LayerAlignment
 from xlstm_distill.parallel.strategy import Strategy, make_strategy
 from xlstm_distill.runtime.stop import StopFlag
+from xlstm_distill.train import checkpoint
 from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
 from xlstm_distill.train.optim import make_optimizer
 from xlstm_distill.train.students import load_student, mixture, save_student, student_choices, token_folder
@@ -116,7 +117,7 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     config = folder.config
     strategy = make_strategy(config.strategy, world)
     initial = folder.output / "initial"
-    if world.rank == 0 and not initial.exists():
+    if world.rank == 0 and not (initial.exists() and checkpoint.latest(folder.checkpoints)):
         make_initial(folder.input("fetch") / "teacher", initial, student_choices(config))
     strategy.barrier()
     model = load_student(initial)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xlstm_distill.contract.exitcode import Stopped
+from xlstm_distill.contract.exitcode import Mistake, Stopped
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.schema import Training
 from xlstm_distill.data.stream import Batch, SampleStream
@@ -66,6 +66,13 @@ def train(
     steps = max(1, settings.tokens // tokens_per_step)
     lead = strategy.world.rank == 0
     done, validations = _resume(task, stream, folder)
+    if done > steps:
+        raise Mistake(
+            f"{folder.job.name}: its checkpoint is at step {done}, beyond the {steps} steps of this token budget; "
+            f"give the larger {folder.job.stage}.tokens again, or use another --name"
+        )
+    if done < steps:
+        validations.pop("end", None)  # a larger budget: that was not the end
     first, started, saved = done, time.monotonic(), done if validations else -1
 
     def save() -> None:
@@ -96,12 +103,14 @@ def train(
             metrics.log(done, {**values, "lr": lr, "tokens_per_s": tokens_per_step / (time.monotonic() - began)})
             if last or done % settings.checkpoint_every == 0:
                 save()
+    if "end" not in validations:
+        validations["end"] = task.validate()
     seconds = max(time.monotonic() - started, 1e-9)
     return {
         "steps": steps,
         "tokens": steps * tokens_per_step,
         "tokens_per_s": round((done - first) * tokens_per_step / seconds, 1),
-        "validation": {"start": validations["start"], "end": validations.get("end", validations["start"])},
+        "validation": {"start": validations["start"], "end": validations["end"]},
     }
 
 
@@ -119,7 +128,6 @@ def _resume(task: Task, stream: SampleStream, folder: JobFolder) -> tuple[int, d
 
 
 def _check_fits(newest: Path, saved: Mapping[str, Any], folder: JobFolder) -> None:
-    from xlstm_distill.contract.exitcode import Mistake
     from xlstm_distill.contract.job import plain
 
     for key, value in plain(folder.job.identity).items():

@@ -18,13 +18,13 @@ import yaml
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import hash_value, sync, write_json
+from xlstm_distill.contract.tasks import PREFIX, local_names
 from xlstm_distill.evaluate.tasks import items as make
 from xlstm_distill.evaluate.tasks.text import Fragment, decode, read_fragments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREFIX = "local_"
 VERSION = 1
 """Raised whenever items come out otherwise for the same text and seed."""
 COUNTS = {"recall": 24, "addition": 24, "cloze": 20, "words": 16, "answers": 16, "perplexity": 4}
@@ -72,13 +72,6 @@ FORMS = {
     "answers": GENERATION,
     "perplexity": PERPLEXITY,
 }
-WITHOUT_SOURCE = ("recall", "addition")
-
-
-def local_names(sources: Iterable[str]) -> list[str]:
-    """Names of all local tasks of a run with these data sources."""
-    plain = [PREFIX + kind for kind in WITHOUT_SOURCE]
-    return plain + [f"{PREFIX}{kind}_{source}" for source in sources for kind in FORMS if kind not in WITHOUT_SOURCE]
 
 
 def check_names(tasks: Iterable[str], sources: Iterable[str]) -> None:
