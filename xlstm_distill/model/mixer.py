@@ -186,7 +186,8 @@ class HeadwiseLinear(nn.Module):
     """One linear unit per head: [B, H, T, width] → [B, H, T, 1], its input times `scale`.
 
     Queries and keys are large (a head's ‖x‖₁ is in the hundreds): unscaled, one AdamW step at Stage I's learning rate
-    moves the gate's pre-activation by several units, and heads shut for good. The functions it can be are the same.
+    moves the gate's pre-activation by several units, and heads shut for good. The functions it can be are the same (our
+    choice; the paper says nothing of it).
     """
 
     def __init__(self, heads: int, width: int, scale: float) -> None:
