@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.schema import Config, Placement, Source, Training
+from xlstm_distill.contract.state import TRAINING
 from xlstm_distill.contract.tasks import PREFIX, local_names
 
 STAGES = tuple(stage for stage in get_args(get_type_hints(Config)["stage"]) if stage != "pipeline")
@@ -26,7 +27,7 @@ def check(config: Config) -> None:
 
 def misplaced(config: Config) -> Iterator[str]:
     """One line per training job whose batch cannot be shared by its ranks (a dry run tells, a launch refuses)."""
-    for stage in ("align", "distill"):
+    for stage in TRAINING:
         settings, ranks = getattr(config, stage), ranks_of(config.cluster.stages.get(stage, Placement()))
         share = settings.micro_batch * ranks
         if settings.batch % share:
@@ -43,7 +44,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _student(config)
     yield from _data(config)
     yield from _at_least(0, seed=config.seed)
-    for stage in ("align", "distill"):
+    for stage in TRAINING:
         yield from _training(stage, getattr(config, stage))
         step = getattr(config, stage).batch * config.data.sequence
         if 0 < getattr(config, stage).tokens < step:
@@ -219,9 +220,9 @@ def _places(config: Config) -> Iterator[str]:
         if not seconds(placement.time):
             yield f"{key}.time={placement.time}: expected Slurm's notation (04:00:00, 1-12:00:00 or minutes)"
         ranks = ranks_of(placement)
-        if config.strategy.name == "single" and stage in ("align", "distill") and ranks > 1:
+        if config.strategy.name == "single" and stage in TRAINING and ranks > 1:
             yield f"strategy.name=single: {stage} has {ranks} ranks; use strategy=fsdp or one node with one GPU"
-        if stage not in ("align", "distill") and ranks > 1:
+        if stage not in TRAINING and ranks > 1:
             yield f"{key}: {stage} runs as one rank; got {placement.nodes} nodes × {placement.gpus_per_node} GPUs"
     yield from _at_least(0, strategy__threads=config.strategy.threads)
     yield from _between(0, 65535, cluster__signal_seconds=config.cluster.signal_seconds)

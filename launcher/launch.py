@@ -16,6 +16,7 @@ from launcher.runs import locked, run_folder, run_name, write_run
 from launcher.show import graph_text, job_text
 from xlstm_distill.contract.exitcode import DONE, Mistake
 from xlstm_distill.contract.schema import Config
+from xlstm_distill.contract.state import TRAINING
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Placing:
 
     def flags(self, stage: str) -> dict[str, Any]:
         """Dotted keys of `cluster.stages`: of align and distill, or of the stage named."""
-        stages = ("align", "distill") if stage in ("align", "distill", "pipeline") else (stage,)
+        stages = TRAINING if stage in (*TRAINING, "pipeline") else (stage,)
         given = {key: value for key, value in vars(self).items() if value is not None}
         return {f"cluster.stages.{name}.{key}": value for name in stages for key, value in given.items()}
 

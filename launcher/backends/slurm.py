@@ -18,7 +18,7 @@ from xlstm_distill.contract.exitcode import DONE, Mistake
 from xlstm_distill.contract.files import write_atomic
 from xlstm_distill.contract.job import Job, JobFolder
 from xlstm_distill.contract.schema import Config
-from xlstm_distill.contract.state import State
+from xlstm_distill.contract.state import TRAINING, State
 
 PING_SECONDS = 2.0
 HERE = "fetch"
@@ -97,7 +97,7 @@ def _submit(job: Job, config: Config, site: Site, ids: Mapping[str, str], state:
     path = site.folder / "jobs" / job.name
     recorded = as_recorded(job, path)
     folder = JobFolder(path, recorded, config if recorded == job else JobFolder.read(path).config)
-    if state.kind == "extend" or (state.kind == "outdated" and job.stage not in ("align", "distill")):
+    if state.kind == "extend" or (state.kind == "outdated" and job.stage not in TRAINING):
         (path / "manifest.json").unlink(missing_ok=True)  # merge waits for the job's end, however it ends
     folder.write()
     folder.logs.mkdir(exist_ok=True)

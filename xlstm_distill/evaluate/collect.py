@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.gates import heads_shut
 from xlstm_distill.contract.job import JobFolder
 from xlstm_distill.contract.manifest import Manifest, read_manifest
 from xlstm_distill.contract.schema import Config
@@ -14,8 +15,6 @@ from xlstm_distill.evaluate.win_tie import Comparison, compare
 from xlstm_distill.runtime.metrics import read_metrics
 
 LABELS = {"window": "window + sinks, untrained", "aligned": "aligned", "merged": "merged", "teacher": "teacher"}
-SHUT = 1e-3
-"""A head whose mean output gate lies below is shut: its mLSTM adds nothing. It starts at σ(−4) = 0.018."""
 LAYER_LIMIT, MEAN_LIMIT = 0.8, 0.5
 """Alignment should leave at most these shares of the untrained error, in each layer and on average."""
 
@@ -166,12 +165,7 @@ def _alignment_checks(results: Results) -> list[tuple[bool, str]]:
     ]
     gates = results.align.get("output_gate")
     if gates:
-        shut = [
-            f"{layer}.{head}"
-            for layer, row in enumerate(gates)
-            for head, gate in enumerate(row)
-            if not SHUT < gate < 1 - SHUT
-        ]
+        shut = [f"{layer}.{head}" for layer, head in heads_shut(gates)]
         found.append((not shut, "no head shut" + (f": layer.head {_few(shut)}" if shut else "")))
     return found
 

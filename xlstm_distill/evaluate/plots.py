@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlstm_distill.evaluate.collect import LAYER_LIMIT, SHUT, Results
+from xlstm_distill.contract.gates import heads_shut
+from xlstm_distill.evaluate.collect import LAYER_LIMIT, Results
 from xlstm_distill.evaluate.win_tie import ALPHAS, Comparison
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _output_gate(gates: Sequence[Sequence[float]]) -> "Figure":
     columns = [list(column) for column in zip(*gates, strict=True)]
     figure, axes = _axes(max(6, 1.5 + 0.26 * len(gates)), max(2.6, 1.2 + 0.26 * len(columns)))
     image = axes.imshow(columns, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
-    shut = [(layer, head) for layer, row in enumerate(gates) for head, gate in enumerate(row) if gate < SHUT]
+    shut = heads_shut(gates)
     if shut:
         axes.plot(*zip(*shut, strict=True), "x", color="white")
     axes.set(xlabel="layer", ylabel="head")

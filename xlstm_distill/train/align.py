@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import folder_atomic
+from xlstm_distill.contract.gates import heads_shut
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.schema import Align
 from xlstm_distill.data.stream import Batch, SampleStream, read_samples
@@ -21,9 +22,6 @@ from xlstm_distill.train import checkpoint
 from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
 from xlstm_distill.train.optim import make_optimizer
 from xlstm_distill.train.students import load_student, mixture, save_student, student_choices, token_folder
-
-SHUT = 1e-3
-"""A head whose mean output gate is below this (or above 1 − this) has lost one of its branches."""
 
 
 class Alignment(Task):
@@ -165,10 +163,9 @@ def alignment_facts(validation: dict[str, dict[str, float]], gates: list[list[fl
     """Relative errors per layer before and after, and the heads that lost a branch."""
     layers = sum(name.startswith("validation_layer/") for name in validation["end"])
     errors = {when: [validation[when][f"validation_layer/{n}"] for n in range(layers)] for when in ("start", "end")}
-    shut = [[n, head] for n, row in enumerate(gates) for head, gate in enumerate(row) if not SHUT < gate < 1 - SHUT]
     return {
         "error_before": errors["start"],
         "error_after": errors["end"],
         "output_gate": gates,
-        "heads_shut": shut,
+        "heads_shut": [list(head) for head in heads_shut(gates)],
     }

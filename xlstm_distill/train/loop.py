@@ -65,14 +65,7 @@ def train(
     tokens_per_step = settings.batch * sequence
     steps = max(1, settings.tokens // tokens_per_step)
     lead = strategy.world.rank == 0
-    done, validations = _resume(task, stream, folder)
-    if done > steps:
-        raise Mistake(
-            f"{folder.job.name}: its checkpoint is at step {done}, beyond the {steps} steps of this token budget; "
-            f"give the larger {folder.job.stage}.tokens again, or use another --name"
-        )
-    if done < steps:
-        validations.pop("end", None)  # a larger budget: that was not the end
+    done, validations = _resume(task, stream, folder, steps)
     first, started, saved = done, time.monotonic(), done if validations else -1
 
     def save() -> None:
@@ -114,17 +107,29 @@ def train(
     }
 
 
-def _resume(task: Task, stream: SampleStream, folder: JobFolder) -> tuple[int, dict[str, dict[str, float]]]:
-    """Steps made and validations so far, from the newest checkpoint into task and stream; (0, {}) without one."""
+def _resume(task: Task, stream: SampleStream, folder: JobFolder, steps: int) -> tuple[int, dict[str, dict[str, float]]]:
+    """Steps made and validations so far, from the newest checkpoint into task and stream; (0, {}) without one.
+
+    Raises:
+        Mistake: the checkpoint is of other settings, or beyond the `steps` of this budget.
+    """
     newest = checkpoint.latest(folder.checkpoints)
     if newest is None:
         return 0, {}
     state = checkpoint.read_state(newest)
     _check_fits(newest, state["identity"], folder)
+    done, validations = int(state["step"]), state["validations"]
+    if done > steps:
+        raise Mistake(
+            f"{folder.job.name}: its checkpoint is at step {done}, beyond the {steps} steps of this token budget; "
+            f"give the larger {folder.job.stage}.tokens again, or use another --name"
+        )
+    if done < steps:
+        validations.pop("end", None)  # a larger budget: that was not the end
     checkpoint.load(newest, training_state(task.parameters, task.optimizer))
-    set_optimizer_step(task.optimizer, state["step"])
+    set_optimizer_step(task.optimizer, done)
     stream.load_state_dict(state["stream"])
-    return int(state["step"]), state["validations"]
+    return done, validations
 
 
 def _check_fits(newest: Path, saved: Mapping[str, Any], folder: JobFolder) -> None:
