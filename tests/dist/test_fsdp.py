@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from train_support import TOKENS_PER_STEP, After, make_run, metrics, run, training_job, weights
 
 from xlstm_distill.contract.exitcode import Stopped
 from xlstm_distill.contract.job import JobFolder
+from xlstm_distill.contract.manifest import read_manifest
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]
@@ -71,11 +73,16 @@ def test_two_ranks_give_the_losses_and_the_student_of_one(jobs, stage, changes):
     name = f"{stage}-{changes.get('targets', 'cached')}-{changes.get('loss', '')}"
     # micro_batch 1 and an odd number of held-out samples: the ranks have shares of unequal size.
     changes = {"micro_batch": 1, "lr": 1e-3, **changes}
-    one, two = training_job(jobs, f"{name}-1", stage, **changes), training_job(jobs, f"{name}-2", stage, world=FSDP, **changes)
-    run(one)
+    one, two = (
+        training_job(jobs, f"{name}-1", stage, **changes),
+        training_job(jobs, f"{name}-2", stage, world=FSDP, **changes),
+    )
+    facts = run(one)
     spread(two)
     assert_near(one, two)
     assert_students_near(one, two)
+    manifest = read_manifest(two.path / "manifest.json")
+    assert np.allclose(manifest.facts["output_gate"], facts["output_gate"], rtol=1e-4, atol=0)
 
 
 def test_untied_embeddings_too(tmp_path):

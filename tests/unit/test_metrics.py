@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one line per record, no line twice after a resume, a line that was cut does no harm."""
 
+import numpy as np
 import pytest
 
 from xlstm_distill.runtime.metrics import Metrics, read_metrics
@@ -56,3 +57,26 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/ce")
     assert {event.step: event.value for event in events} == {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}
     assert len(events) == 4
+
+
+def test_tensorboard_shows_an_image_at_its_step_pixel_by_pixel(tmp_path):
+    import io
+
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    with Metrics(tmp_path, 9, tensorboard=True) as metrics:
+        metrics.image("gates/output_gate", 3, lambda: picture)
+        metrics.image("gates/none", 3, lambda: None)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["images"] == ["gates/output_gate"]
+    (event,) = board.Images("gates/output_gate")
+    assert event.step == 3
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+
+
+@pytest.mark.parametrize("settings", [{"enabled": False, "tensorboard": True}, {"tensorboard": False}])
+def test_where_nobody_looks_nothing_is_drawn(tmp_path, settings):
+    with Metrics(tmp_path, 9, **settings) as metrics:
+        metrics.image("gates/output_gate", 1, lambda: pytest.fail("drawn"))

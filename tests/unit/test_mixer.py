@@ -79,6 +79,6 @@ def test_the_gate_hook_sees_the_gate_of_every_layer(tmp_path):
     _, student = tiny_student(tmp_path)
     seen = {}
     for mixer in student.mixers:
-        mixer.gate_hook = lambda layer, gate: seen.setdefault(layer, gate.shape)
+        mixer.gate_hook = lambda layer, gate, real: seen.setdefault(layer, gate.shape)
     student(torch.arange(6)[None])
     assert seen == {0: (1, 4, 6, 1), 1: (1, 4, 6, 1)}

@@ -192,7 +192,6 @@ def test_alignment_errors_and_gradients_equal_a_layer_by_layer_computation(tmp_p
     for objective, (error, norm) in zip(objectives, wanted, strict=True):
         torch.testing.assert_close(objective.error, error, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(objective.norm, norm, rtol=1e-4, atol=1e-5)
-        assert objective.positions == 30
     for name, parameter in student.mixer_parameters().items():
         difference = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp_min(1e-12)
         assert difference < 1e-4, name
@@ -222,9 +221,8 @@ def test_only_the_mixers_own_parameters_get_gradients_and_sums_add_up(tmp_path):
         once = objectives[0].error.clone()
         student(input_ids=ids, objective=no_loss)
     torch.testing.assert_close(objectives[0].error, 2 * once)
-    assert objectives[0].gate.shape == (4,)
     own = student.mixer_parameters()
     assert all((parameter.grad is not None) == (name in own) for name, parameter in student.named_parameters())
     objectives[0].reset()
     assert objectives[0].error is None
-    assert objectives[0].positions == 0
+    assert objectives[0].norm is None

@@ -8,7 +8,7 @@ from eval_support import config, finished_run, job
 
 from xlstm_distill.contract.job import World
 from xlstm_distill.contract.manifest import Manifest, write_manifest
-from xlstm_distill.evaluate import tables
+from xlstm_distill.evaluate import plots, tables
 from xlstm_distill.evaluate.collect import checks, collect
 from xlstm_distill.evaluate.plots import loss_series
 from xlstm_distill.evaluate.report import main, run
@@ -80,6 +80,37 @@ def test_every_figure_is_a_png(tiny_run):
     main([str(tiny_run)])
     names = {path.name for path in (tiny_run / "report").glob("*.png") if path.read_bytes().startswith(PNG)}
     assert names == {"heldout.png", "positions.png", "win_tie.png", "alignment.png", "output_gate.png", "losses.png"}
+
+
+def test_the_gates_of_aligned_student_and_experts_are_a_map_and_a_table(tiny_run, monkeypatch):
+    gates = [[0.02, 0.06], [0.5, 0.9998], [0.3, 0.1], [0.1, 0.2]]
+    job(tiny_run, config(), "distill-math", "distill").finish({"output_gate": gates})
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda draw, path: drawn.append((path.stem, draw())) or False)
+    main([str(tiny_run)])
+    maps = dict(drawn)["output_gate"].axes
+    assert [axes.get_title() for axes in maps[:2]] == ["aligned", "expert math"]
+    found = [axes.images[0] for axes in maps[:2]]
+    assert found[0].get_array().T.tolist() == [[0.5, 0.0], [0.2, 0.3]]
+    assert found[1].get_array().T.tolist() == gates
+    assert {image.get_clim() for image in found} == {(0, 1)}
+    assert [[line.get_xydata().tolist() for line in axes.lines[-1:]] for axes in maps[:2]] == [[[[0, 1]]], [[[1, 1]]]]
+    assert maps[2].lines[1].get_ydata() == pytest.approx([0.04, 0.7499, 0.2, 0.15])
+    report = (tiny_run / "report" / "report.md").read_text()
+    assert "| aligned | 0.2500 | 0 (0.250), 1 (0.250) | 1 (0.250), 0 (0.250) | 1 of 4 |" in report
+    most, least = "1 (0.750), 2 (0.200), 3 (0.150)", "0 (0.040), 3 (0.150), 2 (0.200)"
+    assert f"| expert math | 0.2850 | {most} | {least} | 1 of 8 |" in report
+    summary = (tiny_run / "report" / "summary.txt").read_text()
+    row = next(line for line in summary.splitlines() if line.startswith("expert math ") and line.endswith("of 8"))
+    assert re.split(" {2,}", row)[1:] == ["0.2850", "1 (0.750), 2 (0.200)", "0 (0.040), 3 (0.150)", "1 of 8"]
+    assert max(map(len, summary.splitlines())) <= 100
+
+
+def test_a_run_from_before_gates_were_recorded_has_neither(tiny_run):
+    job(tiny_run, config(), "align", "align").finish({"error_before": [0.4, 0.2], "error_after": [0.1, 0.1]})
+    assert main([str(tiny_run)]) == 0
+    assert not (tiny_run / "report" / "output_gate.png").exists()
+    assert "gate" not in (tiny_run / "report" / "report.md").read_text()
 
 
 def test_the_plain_table_fits_into_a_hundred_columns(tiny_run):

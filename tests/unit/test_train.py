@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from train_support import (
-    SEQUENCE,
     SOURCES,
     TOKENS_PER_STEP,
     After,
@@ -26,6 +25,8 @@ from train_support import (
 from xlstm_distill.contract.exitcode import Mistake, Stopped
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.data.stream import SampleStream, read_samples
+from xlstm_distill.model.gates import GateRecorder
+from xlstm_distill.objectives.align import LayerAlignment
 from xlstm_distill.parallel.strategy import make_strategy
 from xlstm_distill.runtime.stop import StopFlag
 from xlstm_distill.train.align import Alignment
@@ -122,8 +123,9 @@ def test_a_budget_below_the_checkpoint_is_refused_in_one_line(jobs):
         run(training_job(jobs, "align-smaller", "align", tokens=2 * TOKENS_PER_STEP))
 
 
-def test_a_finished_job_is_run_again_without_a_step(jobs):
-    folder = training_job(jobs, "align-again", "align")
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_finished_job_is_run_again_without_a_step(jobs, stage):
+    folder = training_job(jobs, f"{stage}-again", stage)
     first = run(folder)
     before = weights(folder)
     second = run(folder)
@@ -210,11 +212,36 @@ def test_a_part_that_does_not_count_changes_no_sum(jobs):
         parameter.requires_grad_(True)
     task = Alignment(model, config.align, strategy, {})
     batch = read_samples(jobs.parent / "shards/mine/train", 3)
-    task._forward([(batch, True)], train=False)
-    alone, positions = task._sums(), task.objectives[0].positions
-    task._forward([(batch, True), (batch.rows(slice(0, 1)), False)], train=False)
+    with GateRecorder(model) as gates:
+        task._forward([(batch, True)], train=False)
+    alone = task._sums()
+    with GateRecorder(model) as gates_of_both:
+        task._forward([(batch, True), (batch.rows(slice(0, 1)), False)], train=False)
     assert task._sums().equal(alone)
-    assert task.objectives[0].positions == positions == 3 * SEQUENCE
+    assert gates_of_both.means().equal(gates.means())
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_the_gates_on_held_out_text_are_facts_numbers_and_pictures(jobs, stage):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = training_job(jobs, f"{stage}-gates", stage)
+    facts = run(folder)
+    model = load_student(folder.output / "student")
+    for mixer in model.mixers if stage == "align" else ():  # Stage I sees the teacher's stream
+        mixer.objective = LayerAlignment(train=False)
+    with GateRecorder(model) as gates, torch.no_grad():
+        for name in SOURCES:  # validation_samples=6 of two sources
+            model(input_ids=read_samples(jobs / f"cache/output/{name}/validation", 3).tokens[:, :-1])
+    found = torch.tensor(facts["output_gate"], dtype=torch.float64)
+    torch.testing.assert_close(found, gates.means(), atol=1e-6, rtol=1e-5)
+    assert facts["heads_shut"] == []
+    history = {r["step"]: [r[f"gates_layer/{n}"] for n in range(2)] for r in metrics(folder) if "gates_layer/0" in r}
+    assert list(history) == [0, 3, 6]
+    assert history[6] == pytest.approx(found.mean(1).tolist())
+    assert history[0] != history[6]
+    board = EventAccumulator(str(folder.path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in board.Images("gates/output_gate")] == [0, 3, 6]
 
 
 def test_a_missing_student_and_missing_shards_are_one_line(jobs, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xlstm_distill.model.mixer import ordinals, take_sinks
+from xlstm_distill.model.layout import make_layout
 from xlstm_distill.model.window import window_attention
 
 B, H, D = 2, 2, 8
@@ -24,9 +24,9 @@ def draw(length, seed=0):
     return [torch.randn(B, H, length, D, dtype=torch.float64) for _ in range(3)]
 
 
-def attend(query, key, value, window, sinks, mask=None):
-    positions = ordinals(mask, query.shape[2], query.device)
-    return window_attention(query, key, value, positions, positions, *take_sinks(key, value, positions, sinks), window)
+def attend(query, key, value, window, sinks, mask=None, documents=None):
+    layout = make_layout(mask, documents, query.shape[2])
+    return window_attention(query, key, value, window, sinks, layout)
 
 
 def with_gradients(function, tensors, dtype, *settings):
@@ -65,15 +65,3 @@ def test_left_padded_rows_equal_what_they_give_alone(pad):
     assert torch.isfinite(together).all()
 
 
-def test_keys_before_the_first_query_are_read():
-    tensors = draw(60)
-    whole = reference(*tensors, 16, 0)
-    query, key, value = (x.float() for x in tensors)
-    positions = torch.arange(60)[None]
-    nothing = key[:, :, :0]
-    for past in (15, 40):
-        out = window_attention(
-            query[:, :, 40:], key[:, :, 40 - past :], value[:, :, 40 - past :], positions[:, 40:],
-            positions[:, 40 - past :], nothing, nothing, positions[:, :0], 16,
-        )  # fmt: skip
-        torch.testing.assert_close(out.double(), whole[:, :, 40:], atol=1e-5, rtol=1e-5)

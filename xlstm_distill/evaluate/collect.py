@@ -71,6 +71,12 @@ class Results:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(task for m in self.models for task in m.scores))
 
+    @property
+    def gates(self) -> dict[str, list[list[float]]]:
+        """Label of each student whose training recorded them → mean output gate per layer and head."""
+        facts = {"aligned": self.align, **self.distill}
+        return {Measured(name).label: found["output_gate"] for name, found in facts.items() if found.get("output_gate")}
+
     def lower_is_better(self) -> set[str]:
         """Tasks that stay out of Win-and-Tie."""
         return {t for m in self.models for t, s in m.scores.items() if not s.get("higher_is_better", True)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_distill.contract.files import write_atomic
+from xlstm_distill.contract.gates import SHUT
 from xlstm_distill.evaluate import plots, tables
 from xlstm_distill.evaluate.collect import Results, checks
 from xlstm_distill.evaluate.win_tie import Comparison
@@ -16,6 +17,10 @@ HELDOUT_NOTE = "KL(teacher ‖ model) in nats per token over the whole vocabular
 TASKS_NOTE = (
     "Score ± standard error; ↓: lower is better, left out of the rows below. Recovery: student / teacher. "
     "C_0: share of the tasks won or tied; α*: the smallest relative drop at which half of them are."
+)
+GATES_NOTE = (
+    "Mean of the output gate o over held-out text: 1 where a head uses only the mLSTM, 0 where only window and sinks. "
+    f"A head is shut where its mean is not between {SHUT:g} and {1 - SHUT:g}."
 )
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -37,6 +42,8 @@ def markdown_report(results: Results, figures: list[str]) -> str:
     if results.tasks:
         parts += ["## Tasks", TASKS_NOTE, tables.as_markdown(tables.task_table(results))]
     parts += missing_scores(results.comparisons())
+    if results.gates:
+        parts += ["## Output gates", GATES_NOTE, tables.as_markdown(tables.gate_table(results))]
     if found := checks(results):
         parts += ["## Checks", "\n".join(f"- {'✓' if passed else '✗'} {what}" for passed, what in found)]
     if facts := _training_lines(results):

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlstm_distill.contract.gates import heads_shut
 from xlstm_distill.evaluate.collect import LAYER_LIMIT, Results
 from xlstm_distill.evaluate.win_tie import ALPHAS, Comparison
+from xlstm_distill.runtime.gate_map import LABEL, TICKS, Gates, draw_gate_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ FIGURES = {
     "positions": "Held-out KL by position in the sequence",
     "win_tie": "Win-and-Tie curve: share of tasks won or tied over the tolerance α",
     "alignment": "Alignment error of each layer, before and after Stage I",
-    "output_gate": "Mean output gate of each head after Stage I: the share of the mLSTM",
+    "output_gate": "Mean output gate of each layer and head on held-out text, the share of the mLSTM; ×: shut",
     "losses": "Loss curves of training",
 }
 """Name of a PNG → what it shows, as caption and alternative text."""
@@ -45,7 +45,7 @@ def draw_all(results: Results, folder: Path) -> list[str]:
         "positions": lambda: _positions(results) if any(m.positions for m in results.students) else None,
         "win_tie": lambda: win_tie(results.comparisons()) if results.comparisons() else None,
         "alignment": lambda: _alignment(results.align) if results.align.get("error_after") else None,
-        "output_gate": lambda: _output_gate(results.align["output_gate"]) if results.align.get("output_gate") else None,
+        "output_gate": lambda: _output_gate(results.gates) if results.gates else None,
         "losses": lambda: _losses(results.curves),
     }
     return [name for name in FIGURES if save(drawers[name], folder / f"{name}.png")]
@@ -138,17 +138,22 @@ def _alignment(facts: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _output_gate(gates: Sequence[Sequence[float]]) -> "Figure":
-    """Heads over layers; a cross marks a shut head."""
-    columns = [list(column) for column in zip(*gates, strict=True)]
-    figure, axes = _axes(max(6, 1.5 + 0.26 * len(gates)), max(2.6, 1.2 + 0.26 * len(columns)))
-    image = axes.imshow(columns, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
-    shut = heads_shut(gates)
-    if shut:
-        axes.plot(*zip(*shut, strict=True), "x", color="white")
-    axes.set(xlabel="layer", ylabel="head")
-    axes.grid(visible=False)
-    figure.colorbar(image, ax=axes, label="mean of o (1: mLSTM only)")
+def _output_gate(gates: Mapping[str, Gates]) -> "Figure":
+    """A heat map per student (paper Fig. 8), heads over layers, and below them the mean of each layer."""
+    import matplotlib.pyplot as plt
+
+    layers, heads = (max(sizes) for sizes in zip(*((len(g), len(g[0])) for g in gates.values()), strict=True))
+    width, height = min(12.0, max(6.0, 1.5 + 0.26 * layers)), min(5.0, max(1.6, 0.7 + 0.2 * heads))
+    size, rows = (width, height * len(gates) + 2.2), len(gates) + 1
+    figure, axes = plt.subplots(rows, figsize=size, height_ratios=[*[height] * len(gates), 2.2], sharex=True)
+    for i, (label, found) in enumerate(gates.items()):
+        image = draw_gate_map(axes[i], found)
+        axes[i].set(title=label, xlabel="")
+        means = [sum(row) / len(row) for row in found]
+        axes[-1].plot(range(len(found)), means, marker=MARKERS[i % 8], markersize=4, label=label, **_line(i))
+    axes[-1].set(xlabel="layer", ylabel="mean over heads", ylim=(0, None))
+    axes[-1].legend(fontsize=8.5)
+    figure.colorbar(image, ax=list(axes), label=LABEL, ticks=TICKS)
     return figure
 
 

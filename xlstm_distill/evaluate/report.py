@@ -53,6 +53,8 @@ def summary(results: Results) -> str:
         parts.append("held-out\n" + tables.as_text(tables.heldout_table(results)))
     if results.tasks:
         parts.append("tasks\n" + tables.as_text(tables.task_table(results, short=True)))
+    if results.gates:
+        parts.append("output gates\n" + tables.as_text(tables.gate_table(results, most=2)))
     parts.append("\n".join(f"{'ok  ' if passed else 'FAIL'} {what}" for passed, what in checks(results)))
     if results.missing:
         parts.append(f"not measured yet: {', '.join(results.missing)}")

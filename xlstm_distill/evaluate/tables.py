@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from xlstm_distill.contract.gates import heads_shut
 from xlstm_distill.evaluate.collect import Measured, Results
 from xlstm_distill.evaluate.win_tie import Comparison
 
@@ -48,6 +49,24 @@ def task_table(results: Results, short: bool = False) -> Table:
         rows.append(["C_0", *(_of(comparisons.get(n), lambda c: c.win_and_tie(0.0)) for n in names)])
         rows.append(["α*", *(_of(comparisons.get(n), lambda c: c.critical_tolerance) for n in names)])
     return header, rows
+
+
+def gate_table(results: Results, most: int = 3) -> Table:
+    """One row per student: mean output gate, the layers that use the mLSTM most and least, number of shut heads.
+
+    Args:
+        results: of a run.
+        most: number of layers to name at either end.
+    """
+    rows = []
+    for label, gates in results.gates.items():
+        layers = [sum(heads) / len(heads) for heads in gates]
+        order = sorted(range(len(layers)), key=lambda layer: -layers[layer])
+        named = [f"{layer} ({number(layers[layer], 3)})" for layer in order]
+        shut, heads = len(heads_shut(gates)), sum(map(len, gates))
+        ends = (named[:most], named[::-1][:most])
+        rows.append([label, number(sum(map(sum, gates)) / heads, 4), *map(", ".join, ends), f"{shut} of {heads}"])
+    return ["student", "mean gate", "most mLSTM: layer (gate)", "least", "heads shut"], rows
 
 
 def scores_table(teacher: Mapping[str, float], comparisons: Mapping[str, Comparison]) -> Table:

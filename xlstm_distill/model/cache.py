@@ -1,78 +1,126 @@
-"""The student's state while it writes: per layer the mLSTM state, the window's and the sinks' keys and values.
+"""The student's state while it writes: per layer the mLSTM state, and keys and values of sinks and window.
 
-Its size does not depend on how much was read: per layer and row
-`4·H·D·(D_v + 1) + 2·b·H_kv·D·(W − 1 + sinks)` bytes for keys and values of b bytes each, and W + sinks ordinals.
+Its size does not depend on how much was read. Per row, with b bytes per key or value (`state_bytes`):
+
+    Σ over layers   4·H·D_φ·(D + 1)  +  (2·b·H_kv·D + 8)·(sinks + W)  +  8
+
+D_φ is D, or 2·D for hedgehog; a branch that is switched off takes nothing.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .layout import Layout
+
+
+class Tape(NamedTuple):
+    """What new queries may read, in order: the window before them, then their own keys; and the sinks."""
+
+    keys: Tensor
+    """[B, H_kv, W − 1 + T, D]"""
+    values: Tensor
+    positions: Tensor
+    """[B, W − 1 + T], −1 where nothing is"""
+    sinks: tuple[Tensor, Tensor]
+    """keys, values [B, H_kv, n, D]"""
+    sink_positions: Tensor
+    """[B, n]"""
+
 
 class HybridLayerCache(CacheLayerMixin):
-    """State of one layer. `keys`, `values` are the last W − 1 positions, right-aligned."""
+    """State of one layer. `keys`, `values` hold the sinks, then the last W positions as a ring."""
 
     is_sliding = False
-    tensors = ("state", "keys", "values", "positions", "sink_keys", "sink_values", "sink_positions", "seen")
+    is_compileable = False
+    tensors = ("state", "keys", "values", "positions", "seen")
 
     def __init__(self, window: int, sinks: int) -> None:
         super().__init__()
         self.window, self.sinks = window, sinks
         self.cumulative_length = 0
         self.state: Tensor | None = None
+        """(S, z) of the mLSTM, float32 [B, H, D_φ, D + 1]."""
+        self.positions: Tensor
+        """[B, sinks + W] index of each slot's token among the real ones of its row, −1 where nothing is."""
+        self.seen: Tensor
+        """[B] real tokens read."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty window and sinks of the shapes of `key_states` [B, H_kv, T, D], `value_states` [B, H_kv, T, E]."""
+        """Empty slots of the shapes of `key_states` [B, H_kv, T, D], `value_states` [B, H_kv, T, D]."""
         batch, heads, _, dim = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.window - 1, dim)
-        self.values = value_states.new_zeros(batch, heads, self.window - 1, value_states.shape[-1])
-        self.sink_keys = key_states.new_zeros(batch, heads, self.sinks, dim)
-        self.sink_values = value_states.new_zeros(batch, heads, self.sinks, value_states.shape[-1])
-        absent = torch.full((batch, self.window - 1), -1, device=key_states.device)
-        self.positions, self.sink_positions = absent, absent.new_full((batch, self.sinks), -1)
-        self.seen = absent.new_zeros(batch)
+        slots = self.sinks + self.window
+        self.keys = key_states.new_zeros(batch, heads, slots, dim)
+        self.values = value_states.new_zeros(batch, heads, slots, value_states.shape[-1])
+        self.positions = torch.full((batch, slots), -1, device=key_states.device)
+        self.seen = self.positions.new_zeros(batch)
         self.is_initialized = True
 
-    def ordinals(self, padding_mask: Tensor | None, like: Tensor) -> Tensor:
-        """Ordinals [B, T] of the new positions of `like` [B, H, T, D] among the real ones; −1 for padding."""
-        batch, length = like.shape[0], like.shape[2]
-        if padding_mask is None:
-            return self.seen[:, None] + torch.arange(length, device=like.device)
-        real = padding_mask[:, -length:].to(torch.bool).expand(batch, -1)
-        return torch.where(real, self.seen[:, None] + real.long().cumsum(1) - 1, -1)
+    def next_positions(self, length: int, layout: Layout | None) -> Tensor:
+        """Indices [B, T] of `length` new positions among the real ones of their rows, −1 for padding."""
+        if layout is None:
+            return self.seen[:, None] + torch.arange(length, device=self.seen.device)
+        return torch.where(layout.real, self.seen[:, None] + layout.ordinal, -1)
+
+    def tape(self, key_states: Tensor, value_states: Tensor, positions: Tensor) -> Tape:
+        """Window and new positions in order; to be taken before `update`."""
+        keys, values, before = self._unrolled(self.keys), self._unrolled(self.values), self._unrolled(self.positions)
+        sinks = self.keys[:, :, : self.sinks], self.values[:, :, : self.sinks]  # type: ignore[index]
+        return Tape(
+            torch.cat([keys, key_states], 2),
+            torch.cat([values, value_states], 2),
+            torch.cat([before, positions], 1),
+            sinks,
+            self.positions[:, : self.sinks],
+        )
+
+    def _unrolled(self, slots: Tensor | None) -> Tensor:
+        """The last W − 1 of the ring, oldest first; the slots are the second to last axis, or the last of positions."""
+        assert slots is not None
+        axis = min(2, slots.ndim - 1)
+        ring = slots.narrow(axis, self.sinks, self.window)
+        return ring.roll(-(self.cumulative_length % self.window), axis).narrow(axis, 1, self.window - 1)
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Append positions; return what the new queries may read: [B, H_kv, W − 1 + T, D]. Sinks are kept besides."""
+        """Keep what later positions will read of T new ones at `positions` [B, T]; keys and values of all slots."""
         assert self.keys is not None
         assert self.values is not None
-        keys, values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        length = key_states.shape[2]
         self._keep_sinks(key_states, value_states, positions)
-        tape = torch.cat([self.positions, positions], 1)
-        self.window_positions = tape
-        first = tape.shape[1] - (self.window - 1)
-        # Clones: a view would keep the whole prefix alive.
-        self.keys, self.values, self.positions = (
-            keys[:, :, first:].clone(),
-            values[:, :, first:].clone(),
-            tape[:, first:],
-        )
+        kept = min(length, self.window)
+        first = self.cumulative_length + length - kept
+        ring = self.sinks + torch.arange(first, first + kept, device=positions.device) % self.window
+        self.keys[:, :, ring] = key_states[:, :, -kept:]
+        self.values[:, :, ring] = value_states[:, :, -kept:]
+        self.positions[:, ring] = positions[:, -kept:]
         self.seen = torch.maximum(self.seen, positions.amax(1) + 1)
-        self.cumulative_length += key_states.shape[2]
-        return keys, values
+        self.cumulative_length += length
+        return self.keys, self.values
 
     def _keep_sinks(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        if self.cumulative_length and bool((self.positions[:, : self.sinks] >= 0).all()):
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        rows = torch.arange(len(positions), device=positions.device)
         for n in range(self.sinks):
             here = positions == n  # at most one position per row
             found, index = here.any(1), here.int().argmax(1)
-            rows = torch.arange(len(index), device=index.device)
             keep = found[:, None, None]
-            self.sink_keys[:, :, n] = torch.where(keep, keys[rows, :, index], self.sink_keys[:, :, n])
-            self.sink_values[:, :, n] = torch.where(keep, values[rows, :, index], self.sink_values[:, :, n])
-            self.sink_positions[:, n] = torch.where(found, n, self.sink_positions[:, n])
+            self.keys[:, :, n] = torch.where(keep, keys[rows, :, index], self.keys[:, :, n])
+            self.values[:, :, n] = torch.where(keep, values[rows, :, index], self.values[:, :, n])
+            self.positions[:, n] = torch.where(found, n, self.positions[:, n])
+
+    def visible(self, positions: Tensor) -> Tensor:
+        """Which slots a query at `positions` [B, 1] sees after its own `update`: bool [B, sinks + W]."""
+        distance = positions - self.positions
+        old_sink = torch.arange(self.positions.shape[1], device=positions.device) < self.sinks
+        return (self.positions >= 0) & torch.where(old_sink, distance >= self.window, distance < self.window)
 
     def skip(self, length: int) -> None:
         """Count `length` positions that only the mLSTM reads (a student without a window)."""
@@ -94,6 +142,17 @@ class HybridLayerCache(CacheLayerMixin):
         """Forget everything."""
         self.is_initialized, self.cumulative_length, self.state = False, 0, None
 
+    def crop(self, max_length: int) -> None:
+        """Refused: a recurrent state cannot be rolled back.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a hybrid xLSTM cannot take back tokens that its state has read: assisted (speculative) decoding is off; "
+            "generate without assistant_model, prompt_lookup_num_tokens and the like"
+        )
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx` (beam search)."""
         self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -107,7 +166,7 @@ class HybridLayerCache(CacheLayerMixin):
         self._rows(lambda x: x[indices])
 
     def _held(self) -> dict[str, Tensor]:
-        """The tensors there are: no mLSTM state without that branch, no window before `lazy_initialization`."""
+        """The tensors there are: no mLSTM state without that branch, no slots before `lazy_initialization`."""
         names = self.tensors if self.is_initialized else ("state",)
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 

@@ -6,6 +6,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .families import check_family
 
+CHOICES = {
+    "feature_map": ("softmax", "hedgehog"),
+    "feature_rope": ("before", "after", "none"),
+    "gate_input": ("qkv", "qkv_rotated", "hidden"),
+}
+
 
 class HybridConfig(PreTrainedConfig):
     """The teacher's own configuration and the choices of the mixer (paper.md §9 in words).
@@ -14,12 +20,23 @@ class HybridConfig(PreTrainedConfig):
         base_config: the teacher's configuration (an object or its dictionary).
         window: W, positions of the sliding window, the current one included.
         sinks: first positions of the sequence that every query sees, on top of the window.
-        feature_map: `softmax` or `hedgehog`.
+        feature_map: φ, `softmax` of x W over the features, or `hedgehog`: of x W and −x W.
+        feature_rope: RoPE `before` φ, `after` it (in the numerator only: RoFormer, Su et al. 2021, Eq. 19), or `none` in
+            the mLSTM branch.
+        gate_input: what the output gate sees: `qkv` of its head before RoPE, `qkv_rotated`, or `hidden`, the layer's
+            input.
         input_gate_soft_cap: c of c·tanh(x/c) on the input gate's pre-activation.
         output_gate_bias: initial bias of the output gate.
-        chunk: length of a chunk of the chunkwise-parallel mLSTM; speed only.
+        reset_at_documents: in a packed row, window, sinks, state and positions start anew with each document. Forward
+            calls then tell the documents: `document_ids`, or `position_ids` that start again.
         use_mlstm: False leaves the window (o = 0).
         use_window: False leaves the mLSTM (o = 1).
+        use_gates: False leaves linear attention: i = f = 1.
+        chunk: length of a chunk of the chunkwise-parallel mLSTM; speed only.
+        kernel: what computes the mLSTM: `auto`, `torch` or `triton`; speed only.
+
+    Raises:
+        ValueError: the teacher's family is not known, or a choice is not one.
     """
 
     model_type = "hybrid_xlstm"
@@ -31,11 +48,16 @@ class HybridConfig(PreTrainedConfig):
         window: int = 512,
         sinks: int = 4,
         feature_map: str = "softmax",
+        feature_rope: str = "before",
+        gate_input: str = "qkv",
         input_gate_soft_cap: float = 15.0,
         output_gate_bias: float = -4.0,
-        chunk: int = 64,
+        reset_at_documents: bool = False,
         use_mlstm: bool = True,
         use_window: bool = True,
+        use_gates: bool = True,
+        chunk: int = 64,
+        kernel: str = "auto",
         **kwargs: Any,
     ) -> None:
         if isinstance(base_config, dict):
@@ -45,10 +67,21 @@ class HybridConfig(PreTrainedConfig):
         check_family(base_config.model_type)
         if not (use_mlstm or use_window):
             raise ValueError("use_mlstm and use_window are both False: nothing would be mixed")
+        if window < 1 or sinks < 0 or chunk < 1 or not input_gate_soft_cap > 0:
+            raise ValueError(
+                f"expected window ≥ 1, sinks ≥ 0, chunk ≥ 1 and input_gate_soft_cap > 0, not {window}, {sinks}, {chunk} "
+                f"and {input_gate_soft_cap}"
+            )
         self.base_config = base_config
-        self.window, self.sinks, self.feature_map = window, sinks, feature_map
-        self.input_gate_soft_cap, self.output_gate_bias, self.chunk = input_gate_soft_cap, output_gate_bias, chunk
-        self.use_mlstm, self.use_window = use_mlstm, use_window
+        self.window, self.sinks = window, sinks
+        self.feature_map, self.feature_rope, self.gate_input = feature_map, feature_rope, gate_input
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        self.input_gate_soft_cap, self.output_gate_bias = input_gate_soft_cap, output_gate_bias
+        self.reset_at_documents = reset_at_documents
+        self.use_mlstm, self.use_window, self.use_gates = use_mlstm, use_window, use_gates
+        self.chunk, self.kernel = chunk, kernel
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype"):
             kwargs.setdefault(name, getattr(base_config, name, None))
         super().__init__(**kwargs)

@@ -1,16 +1,19 @@
 """What stands in place of a teacher's attention module: mLSTM, window with sinks, the gate between them (Eq. 11)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .cache import HybridCache, HybridLayerCache
 from .configuration import HybridConfig
-from .mlstm import mlstm
-from .window import window_attention
+from .kernel import Kernel, choose
+from .layout import Layout
+from .mlstm import mlstm_sums, normalise
+from .window import Sinks, window_attention, window_attention_cached
 
 PHI_FLOOR = 1e-12
 """Smallest value of a feature: without it φ(q)·φ(k) underflows to 0 / 0."""
@@ -26,10 +29,10 @@ class HybridMixer(nn.Module):
         attention: the teacher's attention module.
     """
 
-    objective: Callable[["HybridMixer", "Projected", Tensor | None], Tensor] | None = None
+    objective: Callable[["HybridMixer", "Projected", Layout | None], Tensor] | None = None
     """Stage I: called in place of `mix`, returns the stream's attention output [B, H, T, D]."""
-    gate_hook: Callable[[int, Tensor], None] | None = None
-    """Called with the layer index and the output gate [B, H, T, 1] of every forward."""
+    gate_hook: Callable[[int, Tensor, Tensor | None], None] | None = None
+    """Called with the layer index, the output gate [B, H, T, 1] and which positions are real [B, T] (None: all)."""
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -52,7 +55,8 @@ class HybridMixer(nn.Module):
         self.key_map = nn.Parameter(torch.empty(per_head))
         self.input_gate = nn.Linear(base.hidden_size, self.heads)
         self.forget_gate = nn.Linear(base.hidden_size, self.heads)
-        self.output_gate = HeadwiseLinear(self.heads, 3 * self.head_dim, scale=self.head_dim**-0.5)
+        width = base.hidden_size if config.gate_input == "hidden" else 3 * self.head_dim
+        self.output_gate = HeadwiseLinear(self.heads, width, scale=self.head_dim**-0.5)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -71,7 +75,7 @@ class HybridMixer(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: HybridCache | None = None,
-        padding_mask: Tensor | None = None,
+        layout: Layout | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """[B, T, hidden] → ([B, T, hidden], None), as the teacher's attention module.
@@ -80,16 +84,12 @@ class HybridMixer(nn.Module):
             hidden_states: the layer's input after the input norm.
             position_embeddings: cos and sin of RoPE, [B or 1, T, D].
             past_key_values: state to read and to advance.
-            padding_mask: [B, past + T], 0 where padding; None: all real.
+            layout: padding and documents of the T positions; None: neither.
             **kwargs: what the decoder layer passes besides; not used.
         """
         projected = self.project(hidden_states, position_embeddings)
         layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        mixed = (
-            self.objective(self, projected, padding_mask)
-            if self.objective
-            else self.mix(projected, padding_mask, layer)
-        )
+        mixed = self.objective(self, projected, layout) if self.objective else self.mix(projected, layout, layer)
         return self.o_proj(mixed.transpose(1, 2).flatten(2).to(hidden_states.dtype)), None
 
     def project(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> "Projected":
@@ -97,7 +97,7 @@ class HybridMixer(nn.Module):
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
         query, key = self._norm("q_norm", query), self._norm("k_norm", key)
         value = self._heads(value)
-        return Projected(hidden, query, key, value, *rope(query, key, *position_embeddings))
+        return Projected(hidden, query, key, value, *rope(query, key, *position_embeddings), *position_embeddings)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -111,79 +111,128 @@ class HybridMixer(nn.Module):
             return norm(x.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         return self._heads(norm(x))
 
-    def mix(self, projected: "Projected", padding_mask: Tensor | None, layer: HybridLayerCache | None = None) -> Tensor:
+    def mix(self, projected: "Projected", layout: Layout | None, layer: HybridLayerCache | None = None) -> Tensor:
         """ĥ of Eq. 11 before W_o: [B, H, T, D]."""
         if not self.config.use_mlstm:
-            return self._window_branch(projected, padding_mask, layer)
-        recurrent = self._mlstm_branch(projected, padding_mask, layer)
+            return self._window_branch(projected, layout, layer)
+        recurrent = self._mlstm_branch(projected, layout, layer)
         if not self.config.use_window:
             if layer is not None:
                 layer.skip(projected.hidden.shape[1])
             return recurrent
-        windowed = self._window_branch(projected, padding_mask, layer)
+        windowed = self._window_branch(projected, layout, layer)
         gate = self.gate(projected)
         if self.gate_hook:
-            self.gate_hook(self.layer_idx, gate)
-        return gate * recurrent + (1 - gate) * windowed.float()
+            self.gate_hook(self.layer_idx, gate, layout.real if layout else None)
+        return torch.lerp(windowed.float(), recurrent, gate)
 
     def gate(self, projected: "Projected") -> Tensor:
-        """o of Eq. 11, one sigmoid scalar per head from [q, k, v] before RoPE: float32 [B, H, T, 1]."""
-        inputs = torch.cat([projected.query, self._repeat(projected.key), self._repeat(projected.value)], -1)
-        return torch.sigmoid(self.output_gate(inputs).float())
+        """o of Eq. 11, one sigmoid scalar per head: float32 [B, H, T, 1]."""
+        p = projected
+        if self.config.gate_input == "hidden":
+            return torch.sigmoid(self.output_gate(p.hidden[:, None]))
+        query, key = (p.query, p.key) if self.config.gate_input == "qkv" else (p.rotated_query, p.rotated_key)
+        return torch.sigmoid(self.output_gate(query, key, p.value))
 
-    def _mlstm_branch(self, p: "Projected", padding_mask: Tensor | None, layer: HybridLayerCache | None) -> Tensor:
-        cap = self.config.input_gate_soft_cap
-        hidden = p.hidden.to(self.input_gate.weight.dtype)  # a strategy may keep the mixers' parameters in float32
-        log_input = cap * torch.tanh(self.input_gate(hidden).float() / cap).transpose(1, 2)  # [B, H, T]
-        log_forget = F.logsigmoid(self.forget_gate(hidden).float()).transpose(1, 2)
-        if padding_mask is not None:
-            padded = ~padding_mask[:, None, -p.hidden.shape[1] :].to(torch.bool)
-            log_input = log_input.masked_fill(padded, -torch.inf)
-            log_forget = log_forget.masked_fill(padded, 0.0)
-        out, state = mlstm(
-            self.feature_map(p.rotated_query, self.query_map),
-            self.feature_map(self._repeat(p.rotated_key), self.key_map),
-            self._repeat(p.value),
-            log_input,
-            log_forget,
-            layer.state if layer is not None else None,
-            self.config.chunk,
-        )
+    def _mlstm_branch(self, p: "Projected", layout: Layout | None, layer: HybridLayerCache | None) -> Tensor:
+        state = layer.state if layer is not None else None
+        gates = self._log_gates(p.hidden, layout)
+        rotated = self.config.feature_rope == "before"
+        query = self.feature_map(p.rotated_query if rotated else p.query, self.query_map)
+        key = self.feature_map(self._repeat(p.rotated_key if rotated else p.key), self.key_map)
+        value = self._repeat(p.value)
+        if self.config.feature_rope == "after":
+            out, state = self._rotated_features(p, query, key, value, gates, state)
+        else:
+            out, state = self.kernel(query, key, value, *gates, state, self.config.chunk)
         if layer is not None:
             layer.state = state
         return out
+
+    def _log_gates(self, hidden: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor]:
+        """log i and log f, float32 [B, H, T]: padding adds and forgets nothing, a new document forgets all."""
+        hidden = hidden.to(self.input_gate.weight.dtype)  # a strategy may keep the mixers' parameters in float32
+        if self.config.use_gates:
+            cap = self.config.input_gate_soft_cap
+            log_input = cap * torch.tanh(self.input_gate(hidden).float() / cap).transpose(1, 2)
+            log_forget = F.logsigmoid(self.forget_gate(hidden).float()).transpose(1, 2)
+        else:
+            log_input = log_forget = hidden.new_zeros(hidden.shape[0], self.heads, hidden.shape[1], dtype=torch.float32)
+        if layout is not None:
+            padded = ~layout.real[:, None]
+            log_input = log_input.masked_fill(padded, -torch.inf)
+            log_forget = log_forget.masked_fill(padded, 0.0)
+            if layout.split:
+                log_forget = log_forget.masked_fill((layout.ordinal == 0)[:, None], -torch.inf)
+        return log_input, log_forget
+
+    def _rotated_features(
+        self, p: "Projected", query: Tensor, key: Tensor, value: Tensor, gates: Any, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """RoPE on φ(q), φ(k) in the numerator only, so that the denominator stays positive (RoFormer, Eq. 19)."""
+        turned = rope(*(x.unflatten(-1, (-1, self.head_dim)).movedim(3, 0) for x in (query, key)), p.cos, p.sin)
+        turned_query, turned_key = (x.movedim(0, 3).flatten(3) for x in turned)
+        above, _, last = mlstm_sums(turned_query, turned_key, value, *gates, state, self.config.chunk)
+        norm = None if state is None else state[..., -1:]
+        _, below, last_norm = mlstm_sums(query, key, value[..., :0], *gates, norm, self.config.chunk)
+        return normalise(above, below), torch.cat([last[..., :-1], last_norm], -1)
+
+    @property
+    def kernel(self) -> Kernel:
+        """What computes the mLSTM on this module's device (`config.kernel`)."""
+        return choose(self.config.kernel, self.query_map.device)
 
     def feature_map(self, x: Tensor, matrix: Tensor) -> Tensor:
         """φ, float32: softmax(x W) over the features, or hedgehog's two signs of it (§2, §9)."""
         scores = (x @ matrix.to(x.dtype)).float()
         if self.config.feature_map == "hedgehog":
-            return torch.cat([scores.softmax(-1), (-scores).softmax(-1)], -1).mul(0.5).clamp_min(PHI_FLOOR)
-        return scores.softmax(-1).clamp_min(PHI_FLOOR)
+            return torch.cat([_Features.apply(scores), _Features.apply(-scores)], -1) * 0.5
+        return _Features.apply(scores)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _window_branch(self, p: "Projected", padding_mask: Tensor | None, layer: HybridLayerCache | None) -> Tensor:
-        if layer is None:
-            positions = ordinals(padding_mask, p.hidden.shape[1], p.hidden.device)
-            key, value, tape = p.rotated_key, p.value, positions
-            sink_key, sink_value, sink_position = take_sinks(key, value, positions, self.config.sinks)
-        else:
+    def _window_branch(self, p: "Projected", layout: Layout | None, layer: HybridLayerCache | None) -> Tensor:
+        query, key, value = p.rotated_query, p.rotated_key, p.value
+        fresh = layer is None or layer.cumulative_length == 0
+        if layer is not None:
             if not layer.is_initialized:
-                layer.lazy_initialization(p.rotated_key, p.value)
-            positions = layer.ordinals(padding_mask, p.rotated_key)
-            key, value = layer.update(p.rotated_key, p.value, positions)
-            tape = layer.window_positions
-            sink_key, sink_value, sink_position = layer.sink_keys, layer.sink_values, layer.sink_positions
-        repeated = (self._repeat(x) for x in (key, value, sink_key, sink_value))
-        key, value, sink_key, sink_value = repeated
-        return window_attention(
-            p.rotated_query, key, value, positions, tape, sink_key, sink_value, sink_position, self.window
-        )
+                layer.lazy_initialization(key, value)
+            positions = layer.next_positions(query.shape[2], layout)
+            tape = None if fresh or query.shape[2] == 1 else layer.tape(key, value, positions)
+            layer.update(key, value, positions)
+        if layer is None or fresh:
+            return window_attention(
+                query, self._repeat(key), self._repeat(value), self.window, self.config.sinks, layout
+            )
+        if tape is None:
+            seen = layer.visible(positions)[:, None, None] | (positions < 0)[:, None, :, None]
+            grouped = self.groups > 1
+            return F.scaled_dot_product_attention(query, layer.keys, layer.values, attn_mask=seen, enable_gqa=grouped)
+        keys, values = self._repeat(tape.keys), self._repeat(tape.values)
+        sink_keys, sink_values = (self._repeat(x)[:, :, None] for x in tape.sinks)
+        sinks = Sinks(sink_keys, sink_values, tape.sink_positions[:, None])
+        return window_attention_cached(query, keys, values, positions, tape.positions, sinks, self.window)
 
     def _repeat(self, x_BKTD: Tensor) -> Tensor:
         return x_BKTD.repeat_interleave(self.groups, 1) if self.groups > 1 else x_BKTD
 
 
+class _Features(torch.autograd.Function):
+    """Softmax over the last axis, at least `PHI_FLOOR`. The gradient is the softmax's: the floor changes it by 1e-12."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        features = scores.softmax(-1).clamp_min_(PHI_FLOOR)
+        ctx.save_for_backward(features)
+        return features
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (features,) = ctx.saved_tensors
+        return torch.ops.aten._softmax_backward_data(grad, features, -1, features.dtype)
+
+
 class HeadwiseLinear(nn.Module):
-    """One linear unit per head: [B, H, T, width] → [B, H, T, 1], its input times `scale`.
+    """One linear unit per head: float32 [B, H, T, 1] of one or more [B, H or fewer, T, ·], joined, times `scale`.
 
     Queries and keys are large (a head's ‖x‖₁ is in the hundreds): unscaled, one AdamW step at Stage I's learning rate
     moves the gate's pre-activation by several units, and heads shut for good. The functions it can be are the same (our
@@ -196,23 +245,35 @@ class HeadwiseLinear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, width))
         self.bias = nn.Parameter(torch.zeros(heads))
 
-    def forward(self, x_BHTD: Tensor) -> Tensor:
-        return x_BHTD @ (self.scale * self.weight).to(x_BHTD.dtype)[:, :, None] + self.bias[:, None, None]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        weights = (self.scale * self.weight).split([x.shape[-1] for x in inputs], 1)
+        total = self.bias.float()[:, None]
+        for x, weight in zip(inputs, weights, strict=True):
+            per_input = weight.to(x.dtype).unflatten(0, (x.shape[1], -1)).mT  # heads that share an input: [H', width, G]
+            total = total + (x @ per_input).float().mT.flatten(1, 2)
+        return total[..., None]
 
 
-class Projected:
-    """What a layer's attention sees. Shapes: hidden [B, T, hidden]; query [B, H, T, D]; key, value [B, H_kv, T, D]."""
+class Projected(NamedTuple):
+    """What a layer's attention sees."""
 
-    def __init__(
-        self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, rotated_query: Tensor, rotated_key: Tensor
-    ) -> None:
-        self.hidden, self.query, self.key, self.value = hidden, query, key, value
-        self.rotated_query, self.rotated_key = rotated_query, rotated_key
+    hidden: Tensor
+    """[B, T, hidden]"""
+    query: Tensor
+    """[B, H, T, D]"""
+    key: Tensor
+    """[B, H_kv, T, D]"""
+    value: Tensor
+    """[B, H_kv, T, D]"""
+    rotated_query: Tensor
+    rotated_key: Tensor
+    cos: Tensor
+    """[B or 1, T, D]"""
+    sin: Tensor
 
     def detach(self) -> "Projected":
         """The same values outside the graph."""
-        fields = (self.hidden, self.query, self.key, self.value, self.rotated_query, self.rotated_key)
-        return Projected(*(x.detach() for x in fields))
+        return Projected(*(x.detach() for x in self))
 
 
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,23 +285,3 @@ def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 def _rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat([-second, first], -1)
-
-
-def ordinals(padding_mask: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Ordinal of each position among the real ones, −1 for padding: [B or 1, T]."""
-    if padding_mask is None:
-        return torch.arange(length, device=device)[None]
-    real = padding_mask.to(torch.bool)
-    return torch.where(real, real.long().cumsum(1) - 1, -1)
-
-
-def take_sinks(key: Tensor, value: Tensor, positions: Tensor, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values [B, H, N, D] and ordinals [B or 1, N] of the first N = min(sinks, T) real positions."""
-    count = min(sinks, key.shape[2])
-    wanted = torch.arange(count, device=key.device)
-    here = positions[:, None, :] == wanted[:, None]  # [B or 1, N, T]
-    index = here.int().argmax(-1)  # [B or 1, N]
-    found = torch.where(here.any(-1), wanted, -1)
-    index = index.expand(key.shape[0], -1)[:, None, :, None]
-    gather = lambda x: x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))  # noqa: E731
-    return gather(key), gather(value), found

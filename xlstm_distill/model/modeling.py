@@ -10,6 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import HybridCache
 from .configuration import HybridConfig
+from .gates import GateRecorder
+from .layout import Layout, documents_of, make_layout
 from .mixer import NEW_PARAMETERS, HybridMixer
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -64,6 +66,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """The parameters that the teacher does not have, by name."""
         return {n: p for n, p in self.named_parameters() if any(f".self_attn.{new}" in n for new in NEW_PARAMETERS)}
 
+    def record_gates(self) -> GateRecorder:
+        """`with model.record_gates() as gates: model(…)`, then `gates.means()`: mean output gate [layers, heads].
+
+        Raises:
+            ValueError: the student has no gate, because one of its branches is off.
+        """
+        return GateRecorder(self)
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
@@ -83,6 +93,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         objective: Objective | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] for `input_ids` [B, T].
@@ -90,7 +101,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         Args:
             input_ids: tokens.
             attention_mask: [B, past + T], 0 where padding.
-            position_ids: [B, T] for RoPE; default: counted from the real tokens of `attention_mask`.
+            position_ids: [B, T] for RoPE; default: counted in real tokens, from 0 in each row, or document.
             past_key_values: state of an earlier call.
             inputs_embeds: [B, T, hidden] instead of `input_ids`.
             labels: [B, T] tokens, −100 to ignore: adds the shifted cross-entropy.
@@ -98,22 +109,29 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             logits_to_keep: compute only the last so many logits; 0: all.
             objective: computes the loss from hidden states and LM head instead of logits. It runs in here so that the
                 hooks of sharding strategies have gathered the (tied) head.
+            document_ids: [B, T] numbers that change where a packed row's next document starts; read only with
+                `config.reset_at_documents`. Without them, `position_ids` that start again tell the same.
             **kwargs: passed to the decoder.
+
+        Raises:
+            ValueError: packed documents and a state.
         """
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
         use_cache = bool(use_cache) if objective is None else False
         if use_cache and not isinstance(past_key_values, HybridCache):
             past_key_values = self.new_cache()
         padding_mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
-        if position_ids is None and padding_mask is not None:
-            current = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-            position_ids = (padding_mask.long().cumsum(1) - 1).clamp_min(0)[:, -current:]
+        documents = self._documents(document_ids, position_ids, past_key_values)
+        layout = make_layout(padding_mask, documents, length)
+        if position_ids is None and layout is not None:
+            position_ids = self._positions(layout, padding_mask, length)
         outputs = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            padding_mask=padding_mask,
+            layout=layout,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -129,6 +147,21 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+
+    def _documents(self, given: Tensor | None, position_ids: Tensor | None, cache: HybridCache | None) -> Tensor | None:
+        """Document numbers where rows are to be split."""
+        if not self.config.reset_at_documents or (given is None and (position_ids is None or cache is not None)):
+            return None
+        if cache is not None:
+            raise ValueError("packed documents have no common state: pass use_cache=False, or one document per row")
+        return documents_of(position_ids) if given is None else given  # type: ignore[arg-type]
+
+    @staticmethod
+    def _positions(layout: Layout, padding_mask: Tensor | None, length: int) -> Tensor:
+        if layout.split or padding_mask is None:
+            return layout.ordinal.clamp_min(0)
+        return (padding_mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]  # the mask counts the past, too
 
 
 def new_parameter_state(config: HybridConfig, dtype: torch.dtype) -> dict[str, Tensor]:

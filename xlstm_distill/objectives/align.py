@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xlstm_distill.model.layout import Layout
 from xlstm_distill.model.mixer import HybridMixer, Projected
 
 
@@ -30,37 +31,29 @@ class LayerAlignment:
     """Σ‖h − ĥ‖² since the last `reset`, float32 scalar."""
     norm: Tensor | None = None
     """Σ‖h‖²."""
-    gate: Tensor | None = None
-    """Σ of the output gate per head [H]."""
-    positions: int = 0
-    """Number of positions summed over."""
 
     def reset(self) -> None:
         """Start new sums."""
-        self.error = self.norm = self.gate = None
-        self.positions = 0
+        self.error = self.norm = None
 
-    def __call__(self, mixer: HybridMixer, projected: Projected, padding_mask: Tensor | None) -> Tensor:
+    def __call__(self, mixer: HybridMixer, projected: Projected, layout: Layout | None) -> Tensor:
         """The teacher's h [B, H, T, D], for the stream."""
         projected = projected.detach()
         target = teacher_attention(mixer, projected)
         if not self.counts:
-            self._add(target.new_zeros((), dtype=torch.float32), target[:0], mixer.gate(projected)[:0])
+            self._add(target.new_zeros((), dtype=torch.float32), target[:0])
             return target
         with torch.set_grad_enabled(self.train):
-            error = (target.float() - mixer.mix(projected, padding_mask)).square().sum()
+            error = (target.float() - mixer.mix(projected, layout)).square().sum()
             if self.train:
                 error.backward()
-        with torch.no_grad():
-            self._add(error.detach(), target, mixer.gate(projected))
+        self._add(error.detach(), target)
         return target
 
-    def _add(self, error: Tensor, target: Tensor, gate: Tensor) -> None:
-        norm, gate = target.float().square().sum(), gate.sum((0, 2, 3))
+    def _add(self, error: Tensor, target: Tensor) -> None:
+        norm = target.float().square().sum()
         self.error = error if self.error is None else self.error + error
         self.norm = norm if self.norm is None else self.norm + norm
-        self.gate = gate if self.gate is None else self.gate + gate
-        self.positions += target.shape[0] * target.shape[2]
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
 
 
@@ -58,6 +60,14 @@ class Metrics:
         if self._board:
             for name, value in (values or {}).items():
                 self._board.add_scalar(name, value, step)
+
+    def image(self, name: str, step: int, draw: "Callable[[], NDArray[np.uint8] | None]") -> None:
+        """Record in TensorBoard the image [height, width, 3] that `draw` makes, if it makes one.
+
+        `draw` is called only where TensorBoard events are written.
+        """
+        if self._board and (image := draw()) is not None:
+            self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""

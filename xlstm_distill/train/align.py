@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import folder_atomic
-from xlstm_distill.contract.gates import heads_shut
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.schema import Align
 from xlstm_distill.data.stream import Batch, SampleStream, read_samples
@@ -19,6 +18,7 @@ from xlstm_distill.objectives.align import LayerAlignment
 from xlstm_distill.parallel.strategy import Strategy, make_strategy
 from xlstm_distill.runtime.stop import StopFlag
 from xlstm_distill.train import checkpoint
+from xlstm_distill.train.gates import HeldOutGates, gate_facts
 from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
 from xlstm_distill.train.optim import make_optimizer
 from xlstm_distill.train.students import load_student, mixture, save_student, student_choices, token_folder
@@ -41,8 +41,6 @@ class Alignment(Task):
         for mixer, objective in zip(model.mixers, self.objectives, strict=True):
             mixer.objective = objective
         self.optimizer = make_optimizer({settings.lr: self.parameters}, settings)
-        self.gates: list[list[float]] = []
-        """Mean output gate per layer and head of the last validation."""
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One step on this rank's share of the global batch."""
@@ -88,19 +86,16 @@ class Alignment(Task):
 
     def validate(self) -> dict[str, float]:
         """Relative error per layer, ‖h − ĥ‖²/‖h‖² over the held-out samples, which the ranks share."""
-        totals, gates = None, None
-        positions = 0
+        totals = None
+        gates = HeldOutGates(self.model)
         for batch in self.validation.values():
-            self._forward(held_out_share(batch, self.settings.micro_batch, self.strategy.world), train=False)
+            with gates.recording():
+                self._forward(held_out_share(batch, self.settings.micro_batch, self.strategy.world), train=False)
             sums = self._sums()
-            gate = torch.stack([o.gate for o in self.objectives if o.gate is not None])
-            totals, gates = (sums, gate) if totals is None or gates is None else (totals + sums, gates + gate)
-            positions += self.objectives[0].positions
+            totals = sums if totals is None else totals + sums
         assert totals is not None
-        assert gates is not None
-        count = self.strategy.sum(torch.tensor(float(positions), device=totals.device))
         errors, norms = self.strategy.sum(totals)
-        self.gates = (self.strategy.sum(gates) / count).tolist()
+        self.gates = gates.means(self.strategy)
         relative = (errors / norms).tolist()
         mean = sum(relative) / len(relative)
         return {"validation/error": mean, **{f"validation_layer/{n}": e for n, e in enumerate(relative)}}
@@ -137,10 +132,8 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     validation = {name: read_samples(tokens / name / "validation", count) for name in config.data.sources}
     task = Alignment(model, config.align, strategy, validation)
     facts = train(task, stream, config.align, config.data.sequence, folder, strategy, stop)
-    if not task.gates:  # resumed from the last checkpoint: nothing was left to train
-        task.validate()
     save_student(model, initial, folder.output / "student", strategy)
-    facts |= alignment_facts(facts.pop("validation"), task.gates)
+    facts |= alignment_facts(facts.pop("validation")) | gate_facts(task.gates)
     strategy.close()
     return facts
 
@@ -159,13 +152,8 @@ def make_initial(teacher: Path, destination: Path, choices: dict[str, Any]) -> N
         raise Mistake(f"{destination}: could not be written ({error})") from error
 
 
-def alignment_facts(validation: dict[str, dict[str, float]], gates: list[list[float]]) -> dict[str, Any]:
-    """Relative errors per layer before and after, and the heads that lost a branch."""
+def alignment_facts(validation: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Relative errors per layer before and after."""
     layers = sum(name.startswith("validation_layer/") for name in validation["end"])
     errors = {when: [validation[when][f"validation_layer/{n}"] for n in range(layers)] for when in ("start", "end")}
-    return {
-        "error_before": errors["start"],
-        "error_after": errors["end"],
-        "output_gate": gates,
-        "heads_shut": [list(head) for head in heads_shut(gates)],
-    }
+    return {"error_before": errors["start"], "error_after": errors["end"]}

@@ -14,6 +14,7 @@ from xlstm_distill.objectives.distill import DistillationLoss, distillation_loss
 from xlstm_distill.parallel.strategy import Strategy, make_strategy
 from xlstm_distill.runtime.stop import StopFlag
 from xlstm_distill.teacher.targets import TargetSource, make_target_source
+from xlstm_distill.train.gates import HeldOutGates, gate_facts
 from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
 from xlstm_distill.train.optim import make_optimizer
 from xlstm_distill.train.students import load_student, mixture, save_student, token_folder
@@ -88,15 +89,18 @@ class Distillation(Task):
     def validate(self) -> dict[str, float]:
         """CE and KL (as the loss defines it) in nats per token, per source; the ranks share the samples."""
         values = {}
+        gates = HeldOutGates(self.model)
         for name, batch in self.validation.items():
             world = self.strategy.world
             count = self._global_count(batch.rows(slice(world.rank, None, world.size)))
             sums = torch.zeros(2, device=self.strategy.device)
             for part, counts in held_out_share(batch, self.settings.micro_batch, world):
-                terms = self._forward(part, count)
+                with gates.recording(counts):
+                    terms = self._forward(part, count)
                 if counts:
                     sums += torch.stack([terms.ce, terms.kl])
             values[f"validation/{name}/ce"], values[f"validation/{name}/kl"] = self.strategy.sum(sums).tolist()
+        self.gates = gates.means(self.strategy)
         return values
 
 
@@ -122,6 +126,7 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     task = Distillation(model, targets, config.distill, strategy, validation)
     facts = train(task, stream, config.distill, config.data.sequence, folder, strategy, stop)
     facts["validation"] = {when: _by_source(values) for when, values in facts["validation"].items()}
+    facts |= gate_facts(task.gates)
     save_student(model, start, folder.output / "student", strategy)
     strategy.close()
     return facts

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from xlstm_distill.parallel.strategy import Strategy
 from xlstm_distill.runtime.metrics import Metrics
 from xlstm_distill.runtime.stop import StopFlag
 from xlstm_distill.train import checkpoint
+from xlstm_distill.train.gates import log_gates
 from xlstm_distill.train.optim import set_learning_rate, set_optimizer_step, training_state
 
 
@@ -26,6 +27,8 @@ class Task(ABC):
     optimizer: torch.optim.Optimizer
     parameters: Mapping[str, nn.Parameter]
     """What trains, by name."""
+    gates: Sequence[Sequence[float]] = ()
+    """Mean output gate per layer and head of the last validation; empty for a student without a gate."""
 
     @abstractmethod
     def step(self, batch: Batch) -> dict[str, float]:
@@ -33,7 +36,7 @@ class Task(ABC):
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
-        """Numbers on the held-out samples. Collective."""
+        """Numbers on the held-out samples; sets `gates`. Collective."""
 
 
 def train(
@@ -73,14 +76,19 @@ def train(
         if saved == done:  # a stop right after a checkpoint: replacing it would leave a moment without one
             return
         saved = done
-        state = {"stream": stream.state_dict(), "validations": validations, "identity": dict(folder.job.identity)}
+        state = {
+            "stream": stream.state_dict(),
+            "validations": validations,
+            "gates": task.gates,
+            "identity": dict(folder.job.identity),
+        }
         tensors = training_state(task.parameters, task.optimizer)
         checkpoint.save(folder.checkpoints, done, tensors, state, settings.keep)
 
     with Metrics(folder.path, steps, resume_at=done if validations else -1, enabled=lead, tensorboard=True) as metrics:
         if not validations:
             validations["start"] = task.validate()
-            metrics.log(0, validations["start"])
+            metrics.log(0, validations["start"] | log_gates(metrics, 0, task.gates))
         while done < steps:
             if stop.requested():
                 save()
@@ -92,7 +100,7 @@ def train(
             last = done == steps
             if last or (settings.validate_every and done % settings.validate_every == 0):
                 validations["end" if last else str(done)] = measured = task.validate()
-                values |= measured
+                values |= measured | log_gates(metrics, done, task.gates)
             metrics.log(done, {**values, "lr": lr, "tokens_per_s": tokens_per_step / (time.monotonic() - began)})
             if last or done % settings.checkpoint_every == 0:
                 save()
@@ -118,7 +126,7 @@ def _resume(task: Task, stream: SampleStream, folder: JobFolder, steps: int) -> 
         return 0, {}
     state = checkpoint.read_state(newest)
     _check_fits(newest, state["identity"], folder)
-    done, validations = int(state["step"]), state["validations"]
+    done, validations, task.gates = int(state["step"]), state["validations"], state.get("gates", ())
     if done > steps:
         raise Mistake(
             f"{folder.job.name}: its checkpoint is at step {done}, beyond the {steps} steps of this token budget; "
