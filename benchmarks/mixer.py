@@ -27,7 +27,8 @@ from xlstm_distill.model import HybridConfig
 from xlstm_distill.model.mixer import HybridMixer
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-Run = Callable[[], Tensor]
+Run = tuple[Callable[[], Tensor], list[Tensor]]
+"""A forward, and what its backward is for: inputs and parameters."""
 
 
 def main() -> None:
@@ -89,26 +90,26 @@ def make_sides(options: argparse.Namespace, length: int) -> dict[str, Run]:
         rope = LlamaRotaryEmbedding(base).to(device)(hidden, torch.arange(length, device=device)[None])
         projected = mixer.project(hidden, rope)
     given = type(projected)(*(x.detach().contiguous().requires_grad_() for x in projected[:6]), *projected[6:])
+    inputs, both = [given.rotated_query, given.rotated_key, given.value], [given.query, given.key, given.hidden]
+    new = [p for name, p in mixer.named_parameters() if "proj" not in name]
     return {
-        "attention_core": lambda: F.scaled_dot_product_attention(
-            given.rotated_query, given.rotated_key, given.value, is_causal=True
-        ),
-        "mixer_core": lambda: mixer.mix(given, None),
-        "attention_layer": lambda: attention(hidden, rope, None)[0],
-        "mixer_layer": lambda: mixer(hidden, rope)[0],
+        "attention_core": (lambda: F.scaled_dot_product_attention(*inputs, is_causal=True), inputs),
+        "mixer_core": (lambda: mixer.mix(given, None), inputs + both + new),
+        "attention_layer": (lambda: attention(hidden, rope, None)[0], [hidden, *attention.parameters()]),
+        "mixer_layer": (lambda: mixer(hidden, rope)[0], [hidden, *mixer.parameters()]),
     }
 
 
 def forward(run: Run) -> None:
     """Without a graph."""
     with torch.no_grad():
-        run()
+        run[0]()
 
 
 def forward_backward(run: Run) -> None:
-    """Gradients of inputs and parameters. They accumulate: no allocation differs between rounds."""
-    out = run()
-    out.backward(torch.ones_like(out))
+    """Output and gradients."""
+    out = run[0]()
+    torch.autograd.grad(out, run[1], torch.ones_like(out))
 
 
 def rounds(sides: list[Callable[[], None]], options: argparse.Namespace) -> list[list[float]]:

@@ -19,6 +19,11 @@ from xlstm_distill.contract.state import State, covers, recorded_identity, state
 
 OPTIMISER = ("batch", "lr", "min_lr", "schedule", "warmup", "weight_decay", "beta1", "beta2", "clip")
 """Settings of a training stage that change what it makes, but for the budget."""
+STUDENT = (
+    "window", "sinks", "feature_map", "feature_rope", "gate_input", "input_gate_soft_cap", "output_gate_bias",
+    "reset_at_documents", "use_window", "use_gates",
+)  # fmt: skip
+"""Settings of the student that change what it computes."""
 FETCHED = ("hub", "demo")
 """Kinds of sources that `fetch` brings; the others are read where they lie."""
 
@@ -156,13 +161,16 @@ def _tokenize_identity(config: Config) -> dict[str, Any]:
 
 
 def _cache_identity(config: Config) -> dict[str, Any]:
-    return {**_shards(config), **_flat(config.cache, "cache", ("top_k", "max_samples"))}
+    return {
+        **_shards(config),
+        **_flat(config.cache, "cache", ("top_k", "max_samples")),
+        **_flat(config.student, "student", ("reset_at_documents",)),
+    }
 
 
 def _align_identity(config: Config) -> dict[str, Any]:
-    student = ("window", "sinks", "feature_map", "input_gate_soft_cap", "output_gate_bias")
     return {
-        **_flat(config.student, "student", student),
+        **_flat(config.student, "student", STUDENT),
         **_flat(config.align, "align", OPTIMISER),
         "seed": config.seed,
         **_shards(config),
@@ -176,6 +184,7 @@ def _distill_identity(config: Config, expert: str) -> dict[str, Any]:
     return {
         **_flat(config.distill, "distill", own),
         **({"cache.top_k": config.cache.top_k} if online_top_k else {}),
+        **_flat(config.student, "student", ("reset_at_documents",)),
         **({"student.init_from": config.student.init_from} if config.student.init_from else {}),
         "seed": config.seed,
         **(_shards(config) if config.distill.targets == "online" else {}),

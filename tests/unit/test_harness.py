@@ -95,7 +95,7 @@ def test_a_missing_model_folder_is_named(tmp_path):
 def test_models_stand_in_the_order_of_the_table(tmp_path):
     places = model_places(tmp_path, config(experts=("math", "code")))
     assert list(places) == ["window", "aligned", "math", "code", "merged", "teacher"]
-    assert places["window"].overrides == {"use_mlstm": False}
+    assert places["window"].overrides == {"use_mlstm": False, "use_window": True}
 
 
 def test_an_unfinished_model_is_refused_with_those_that_are_finished(tmp_path):

@@ -66,12 +66,31 @@ class Student:
     """First positions of the sequence that every query sees, on top of the window."""
     feature_map: Literal["softmax", "hedgehog"] = "softmax"
     """φ: softmax(x W), or hedgehog: concat(softmax(x W), softmax(−x W)) / 2."""
+    feature_rope: Literal["before", "after", "none"] = "before"
+    """RoPE before φ; after it (in the numerator alone: RoFormer, Eq. 19); or none in the mLSTM branch."""
+    gate_input: Literal["qkv", "qkv_rotated", "hidden"] = "qkv"
+    """What the output gate sees: q, k, v of its head before RoPE, after it, or the layer's input."""
+    reset_at_documents: bool = False
+    """Whether window, sinks, state and positions start anew with each document of a packed sample, in teacher and
+    student alike."""
+    use_window: bool = True
+    """Ablation: false leaves the mLSTM alone, without window, sinks and output gate."""
+    use_gates: bool = True
+    """Ablation: false leaves linear attention, i = f = 1."""
     input_gate_soft_cap: float = 15.0
     """c of c·tanh(x/c) on the input gate's pre-activation."""
     output_gate_bias: float = -4.0
     """Initial bias of o: at −4 the student starts as window + sinks."""
     chunk: int = 64
     """Length of a chunk of the chunkwise-parallel mLSTM; speed only."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """How the student is computed. Never changes what is computed, up to rounding."""
+
+    kernel: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the mLSTM; `auto`: Triton's kernel on GPUs, else torch's. It checks itself before training."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +331,8 @@ class Config:
     """Of data order and of the new parameters."""
     student: Student = field(default_factory=Student)
     """The hybrid xLSTM that it becomes."""
+    model: Model = field(default_factory=Model)
+    """How the student is computed."""
     data: Data = field(default_factory=Data)
     """Token shards, and Stage I's mixture."""
     expert: Mapping[str, Expert] = field(default_factory=dict)

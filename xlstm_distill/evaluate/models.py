@@ -1,6 +1,6 @@
 """The models of a run by name: where each lies, and how it is loaded to be measured or to write."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +45,19 @@ def model_places(jobs: Path, config: Config) -> dict[str, ModelPlace]:
     def place(name: str, job: str, folder: str, **overrides: Any) -> ModelPlace:
         return ModelPlace(name, job, jobs / job / "output" / folder, overrides)
 
+    baseline = {"use_mlstm": False, "use_window": True}
     if given := config.student.init_from:
         students = [
-            ModelPlace("window", "", Path(given), {"use_mlstm": False}),
+            ModelPlace("window", "", Path(given), baseline),
             ModelPlace("aligned", "", Path(given)),
         ]
     else:
-        students = [place("window", "align", "initial", use_mlstm=False), place("aligned", "align", "student")]
+        students = [place("window", "align", "initial", **baseline), place("aligned", "align", "student")]
     students += [place(expert, f"distill-{expert}", "student") for expert in config.experts]
-    students += [place("merged", "merge", "student"), place("teacher", "fetch", "teacher")]
-    return {p.name: p for p in students}
+    students.append(place("merged", "merge", "student"))
+    kernel = {"kernel": config.model.kernel} if config.model.kernel != "auto" else {}
+    students = [replace(p, overrides={**p.overrides, **kernel}) for p in students]
+    return {p.name: p for p in (*students, place("teacher", "fetch", "teacher"))}
 
 
 def find_model(jobs: Path, config: Config, name: str) -> ModelPlace:
@@ -75,15 +78,20 @@ def load_model(place: ModelPlace, precision: str = "bfloat16") -> "PreTrainedMod
     """Load a model to evaluate it: on the first GPU in `precision`, else on the CPU in float32.
 
     Raises:
-        Mistake: its folder is not a model.
+        Mistake: its folder is not a model, or the run's kernel cannot compute it here.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    import xlstm_distill.model  # noqa: F401  registers the student with the Auto classes
+    from xlstm_distill.model.kernel import choose  # its package registers the student with the Auto classes
 
     _check(place)
     on_gpu = torch.cuda.is_available()
+    kernel = place.overrides.get("kernel", "auto")
+    try:
+        choose(kernel, torch.device("cuda" if on_gpu else "cpu"))
+    except ValueError as error:
+        raise Mistake(f"model.{error}") from error
     dtype = getattr(torch, precision) if on_gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=dtype, **place.overrides)
     if on_gpu:

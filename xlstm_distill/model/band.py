@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .precision import full_precision
+
 BLOCK = 64
 """Queries per block: of the W + 63 keys that a block reads, a query needs W."""
 ALIGN = 16
@@ -28,6 +30,7 @@ def band_attention(query: Tensor, key: Tensor, value: Tensor, window: int, sinks
 
 class _Band(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int) -> Tensor:
         out = torch.empty_like(query)
         total = query.new_empty(query.shape[:3], dtype=_accumulate(query))
@@ -48,6 +51,7 @@ class _Band(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
+    @full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, total = ctx.saved_tensors
         window, sinks = ctx.window, ctx.sinks
@@ -81,7 +85,12 @@ def _blocks(length: int, window: int) -> Iterator[tuple[slice, slice, slice, sli
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         first = max(0, start - reach)
-        yield slice(start, stop), slice(first, stop), slice(0, stop - start), slice(first - start + reach, stop - start + reach)
+        yield (
+            slice(start, stop),
+            slice(first, stop),
+            slice(0, stop - start),
+            slice(first - start + reach, stop - start + reach),
+        )
 
 
 def _band_mask(query: Tensor, window: int) -> Tensor:

@@ -42,6 +42,7 @@ class HybridLayerCache(CacheLayerMixin):
         super().__init__()
         self.window, self.sinks = window, sinks
         self.cumulative_length = 0
+        self.sinks_full = sinks == 0
         self.state: Tensor | None = None
         """(S, z) of the mLSTM, float32 [B, H, D_φ, D + 1]."""
         self.positions: Tensor
@@ -93,17 +94,19 @@ class HybridLayerCache(CacheLayerMixin):
         length = key_states.shape[2]
         self._keep_sinks(key_states, value_states, positions)
         kept = min(length, self.window)
-        first = self.cumulative_length + length - kept
-        ring = self.sinks + torch.arange(first, first + kept, device=positions.device) % self.window
-        self.keys[:, :, ring] = key_states[:, :, -kept:]
-        self.values[:, :, ring] = value_states[:, :, -kept:]
-        self.positions[:, ring] = positions[:, -kept:]
+        first = (self.cumulative_length + length - kept) % self.window
+        for slots, new in ((self.keys, key_states), (self.values, value_states), (self.positions, positions)):
+            axis = min(2, new.ndim - 1)
+            ring, new = slots.narrow(axis, self.sinks, self.window), new.narrow(axis, length - kept, kept)
+            tail = min(kept, self.window - first)  # up to the ring's end, then from its start
+            ring.narrow(axis, first, tail).copy_(new.narrow(axis, 0, tail))
+            ring.narrow(axis, 0, kept - tail).copy_(new.narrow(axis, tail, kept - tail))
         self.seen = torch.maximum(self.seen, positions.amax(1) + 1)
         self.cumulative_length += length
         return self.keys, self.values
 
     def _keep_sinks(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        if self.cumulative_length and bool((self.positions[:, : self.sinks] >= 0).all()):
+        if self.sinks_full:
             return
         assert self.keys is not None
         assert self.values is not None
@@ -115,6 +118,7 @@ class HybridLayerCache(CacheLayerMixin):
             self.keys[:, :, n] = torch.where(keep, keys[rows, :, index], self.keys[:, :, n])
             self.values[:, :, n] = torch.where(keep, values[rows, :, index], self.values[:, :, n])
             self.positions[:, n] = torch.where(found, n, self.positions[:, n])
+        self.sinks_full = bool((self.positions[:, : self.sinks] >= 0).all())
 
     def visible(self, positions: Tensor) -> Tensor:
         """Which slots a query at `positions` [B, 1] sees after its own `update`: bool [B, sinks + W]."""
@@ -141,6 +145,7 @@ class HybridLayerCache(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.is_initialized, self.cumulative_length, self.state = False, 0, None
+        self.sinks_full = self.sinks == 0
 
     def crop(self, max_length: int) -> None:
         """Refused: a recurrent state cannot be rolled back.

@@ -1,7 +1,9 @@
 """Configuration of a hybrid xLSTM."""
 
+from copy import deepcopy
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from .families import check_family
@@ -11,6 +13,13 @@ CHOICES = {
     "feature_rope": ("before", "after", "none"),
     "gate_input": ("qkv", "qkv_rotated", "hidden"),
 }
+
+
+def _of_base(name: str) -> Any:
+    """A property that is the teacher's."""
+    return property(
+        lambda self: getattr(self.base_config, name), lambda self, value: setattr(self.base_config, name, value)
+    )
 
 
 class HybridConfig(PreTrainedConfig):
@@ -64,6 +73,8 @@ class HybridConfig(PreTrainedConfig):
             base_config = AutoConfig.for_model(**base_config)
         elif base_config is None:
             base_config = AutoConfig.for_model("llama")
+        else:
+            base_config = deepcopy(base_config)  # the model sets its attention implementation and its vocabulary
         check_family(base_config.model_type)
         if not (use_mlstm or use_window):
             raise ValueError("use_mlstm and use_window are both False: nothing would be mixed")
@@ -96,10 +107,38 @@ class HybridConfig(PreTrainedConfig):
         kinds = getattr(self.base, "layer_types", None)
         return self.base.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
 
-    # What libraries read off a decoder's configuration.
-    hidden_size = property(lambda self: self.base.hidden_size)
-    num_hidden_layers = property(lambda self: self.base.num_hidden_layers)
-    num_attention_heads = property(lambda self: self.base.num_attention_heads)
-    num_key_value_heads = property(lambda self: self.base.num_key_value_heads)
-    vocab_size = property(lambda self: self.base.vocab_size)
-    max_position_embeddings = property(lambda self: self.base.max_position_embeddings)
+    def layer_window(self, layer: int) -> int:
+        """The student's window on this layer: W, or the teacher's own where that is smaller."""
+        return min(self.window, self.native_window(layer) or self.window)
+
+    def state_bytes(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the state (`HybridCache`) of `batch` sequences of any length; `dtype`: of keys and values.
+
+        With b bytes per key or value, per row and layer:
+
+            4·H·D_φ·(D + 1)                       (S, z) of the mLSTM in float32; D_φ = D, for hedgehog 2·D
+            (2·b·H_kv·D + 8)·(sinks + W) + 8      keys, values and positions of the window and the sinks; tokens read
+        """
+        base = self.base
+        heads, dim = base.num_attention_heads, self.head_dim
+        features = dim * (2 if self.feature_map == "hedgehog" else 1)
+        matrix = 4 * heads * features * (dim + 1) if self.use_mlstm else 0
+        slot = 2 * dtype.itemsize * base.num_key_value_heads * dim + 8
+        slots = [self.sinks + self.layer_window(n) for n in range(base.num_hidden_layers)]
+        windows = sum(slot * count + 8 for count in slots) if self.use_window else 0
+        return batch * (matrix * base.num_hidden_layers + windows)
+
+    @property
+    def head_dim(self) -> int:
+        """D, width of a head."""
+        return getattr(self.base, "head_dim", None) or self.base.hidden_size // self.base.num_attention_heads
+
+    # What libraries read off a decoder's configuration; resizing the embeddings sets the vocabulary.
+    hidden_size = _of_base("hidden_size")
+    num_hidden_layers = _of_base("num_hidden_layers")
+    num_attention_heads = _of_base("num_attention_heads")
+    num_key_value_heads = _of_base("num_key_value_heads")
+    intermediate_size = _of_base("intermediate_size")
+    vocab_size = _of_base("vocab_size")
+    max_position_embeddings = _of_base("max_position_embeddings")
+    initializer_range = _of_base("initializer_range")

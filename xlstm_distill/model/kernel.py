@@ -29,7 +29,7 @@ def choose(name: str, device: torch.device) -> Kernel:
         return mlstm
     found, problem = _triton()
     if found is None and name == "triton":
-        raise ValueError(f"kernel=triton: {problem}; install it, or use kernel=auto")
+        raise ValueError(f"kernel=triton: {problem}; use kernel=auto")
     if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"kernel=triton: needs a CUDA device, and this is {device.type}; use kernel=auto (or, to test the kernel, "
@@ -87,19 +87,23 @@ def check(
     wanted = _results(_closed_form, given, weights)
     there = [x.to(device, torch.float32) for x in given]
     there[2] = there[2].to(dtype)
-    problem = f"kernel {name_of(kernel)} on {device.type} in {str(dtype).removeprefix('torch.')}"
+    which = f"kernel={name_of(kernel)}: on {device.type} in {str(dtype).removeprefix('torch.')}"
     try:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = _results(lambda *x: kernel(*x, chunk), there, [w.to(device, torch.float32) for w in weights])
+            found = _results(
+                lambda q, k, v, i, f, s: kernel(q, k, v, i, f, s, chunk),
+                there,
+                [w.to(device, torch.float32) for w in weights],
+            )
     except Exception as error:  # whatever a compiler or a driver raises
         first = (str(error).strip() or "no message").splitlines()[0]
-        raise ValueError(f"{problem} fails: {type(error).__name__}: {first}; use another kernel") from error
+        raise ValueError(f"{which} it fails, {type(error).__name__}: {first}; use another kernel") from error
     errors = {name: _error(found[name], x) for name, x in wanted.items()}
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= BOUNDS[dtype]:
         raise ValueError(
-            f"{problem} is wrong: relative error {errors[worst]:.1e} of {worst}, at most {BOUNDS[dtype]:.0e} is allowed; "
-            f"use another kernel"
+            f"{which} it is wrong: relative error {errors[worst]:.1e} of {worst}, at most {BOUNDS[dtype]:.0e} is "
+            f"allowed; use another kernel"
         )
     return errors[worst]
 
@@ -149,4 +153,6 @@ def _results(
     loss = (output * weights[0]).sum() + (last * weights[1]).sum()
     names = ("query", "key", "value", "log_input", "log_forget", "state")
     gradients = zip(names, torch.autograd.grad(loss, leaves), strict=True)
-    return {"the output": output, "the last state": last} | {f"the gradient of {name}": g for name, g in gradients}
+    return {"the output": output.detach(), "the last state": last.detach()} | {
+        f"the gradient of {name}": g for name, g in gradients
+    }

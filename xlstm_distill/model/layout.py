@@ -1,6 +1,6 @@
 """Where each position of a batch stands: padding, and the documents of a packed row."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,11 @@ DOCUMENT = 1 << 32
 """Distance between the positions of two documents: more than any window, so that one number tells both."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Positions counted in *real* tokens, so that a padded row, or a document, computes what it would alone."""
+class Layout(NamedTuple):
+    """Positions counted in *real* tokens, so that a padded row, or a document, computes what it would alone.
+
+    A tuple, because hooks that move a layer's inputs to its device look into tuples.
+    """
 
     position: Tensor
     """int64 [B, T]: number of the document · `DOCUMENT` + index among its real tokens; −1 for padding."""
@@ -54,8 +56,19 @@ def make_layout(padding_mask: Tensor | None, documents: Tensor | None, length: i
     return Layout(torch.where(real, position, -1), split=True)
 
 
-def documents_of(position_ids: Tensor) -> Tensor:
-    """Document numbers [B, T] of a packed row from positions [B, T] that start again with each document."""
+def documents_of(position_ids: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Document numbers [B, T] of a packed row from positions [B or 1, T] that start again with each document.
+
+    A token starts one if its position does not follow that of the last token before it, padding (0 in `padding_mask`
+    [B, S ≥ T]) not counted.
+    """
+    before, follows = position_ids[:, :-1], torch.ones_like(position_ids[:, 1:], dtype=torch.bool)
+    if padding_mask is not None:
+        real = padding_mask[:, -position_ids.shape[1] :].bool()
+        position_ids = position_ids.expand_as(real)
+        index = torch.arange(real.shape[1], device=real.device)
+        last = torch.where(real, index, -1).cummax(1).values[:, :-1]
+        before, follows = position_ids.gather(1, last.clamp_min(0)), real[:, 1:] & (last >= 0)
     restart = torch.zeros_like(position_ids)
-    restart[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).long()
+    restart[:, 1:] = (follows & (position_ids[:, 1:] != before + 1)).long()
     return restart.cumsum(1)

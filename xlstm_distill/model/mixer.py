@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .cache import HybridCache, HybridLayerCache
 from .configuration import HybridConfig
@@ -61,14 +62,17 @@ class HybridMixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The start of Stage I: φ = softmax, no input gate, slow forgetting, the window first (defaults of §9)."""
+        """The start of Stage I: φ = softmax, no input gate, slow forgetting, the window first (defaults of §9).
+
+        What `from_pretrained` loaded stays as it is: `init` knows it.
+        """
         for matrix in (self.query_map, self.key_map):
-            matrix.copy_(torch.eye(self.head_dim).expand_as(matrix))
+            init.copy_(matrix, torch.eye(self.head_dim).expand_as(matrix))
         for gate in (self.input_gate, self.forget_gate, self.output_gate):
-            gate.weight.zero_()
-        self.input_gate.bias.zero_()
-        self.forget_gate.bias.copy_(torch.linspace(3.0, 6.0, self.heads))
-        self.output_gate.bias.fill_(self.config.output_gate_bias)
+            init.zeros_(gate.weight)
+        init.zeros_(self.input_gate.bias)
+        init.copy_(self.forget_gate.bias, torch.linspace(3.0, 6.0, self.heads))
+        init.constant_(self.output_gate.bias, self.config.output_gate_bias)
 
     def forward(
         self,
@@ -167,14 +171,21 @@ class HybridMixer(nn.Module):
         return log_input, log_forget
 
     def _rotated_features(
-        self, p: "Projected", query: Tensor, key: Tensor, value: Tensor, gates: Any, state: Tensor | None
+        self,
+        p: "Projected",
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: tuple[Tensor, Tensor],
+        state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """RoPE on φ(q), φ(k) in the numerator only, so that the denominator stays positive (RoFormer, Eq. 19)."""
-        turned = rope(*(x.unflatten(-1, (-1, self.head_dim)).movedim(3, 0) for x in (query, key)), p.cos, p.sin)
-        turned_query, turned_key = (x.movedim(0, 3).flatten(3) for x in turned)
-        above, _, last = mlstm_sums(turned_query, turned_key, value, *gates, state, self.config.chunk)
-        norm = None if state is None else state[..., -1:]
-        _, below, last_norm = mlstm_sums(query, key, value[..., :0], *gates, norm, self.config.chunk)
+        signs = [x.unflatten(-1, (-1, self.head_dim)).movedim(3, 0) for x in (query, key)]  # hedgehog has two
+        turned_query, turned_key = (x.movedim(0, 3).flatten(3) for x in rope(signs[0], signs[1], p.cos, p.sin))
+        log_input, log_forget = gates
+        chunk, norm = self.config.chunk, None if state is None else state[..., -1:]
+        above, _, last = mlstm_sums(turned_query, turned_key, value, log_input, log_forget, state, chunk)
+        _, below, last_norm = mlstm_sums(query, key, value[..., :0], log_input, log_forget, norm, chunk)
         return normalise(above, below), torch.cat([last[..., :-1], last_norm], -1)
 
     @property
@@ -204,8 +215,10 @@ class HybridMixer(nn.Module):
             )
         if tape is None:
             seen = layer.visible(positions)[:, None, None] | (positions < 0)[:, None, :, None]
-            grouped = self.groups > 1
-            return F.scaled_dot_product_attention(query, layer.keys, layer.values, attn_mask=seen, enable_gqa=grouped)
+            keys, values = layer.keys, layer.values
+            assert keys is not None
+            assert values is not None
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=self.groups > 1)
         keys, values = self._repeat(tape.keys), self._repeat(tape.values)
         sink_keys, sink_values = (self._repeat(x)[:, :, None] for x in tape.sinks)
         sinks = Sinks(sink_keys, sink_values, tape.sink_positions[:, None])
@@ -249,7 +262,9 @@ class HeadwiseLinear(nn.Module):
         weights = (self.scale * self.weight).split([x.shape[-1] for x in inputs], 1)
         total = self.bias.float()[:, None]
         for x, weight in zip(inputs, weights, strict=True):
-            per_input = weight.to(x.dtype).unflatten(0, (x.shape[1], -1)).mT  # heads that share an input: [H', width, G]
+            per_input = (
+                weight.to(x.dtype).unflatten(0, (x.shape[1], -1)).mT
+            )  # heads that share an input: [H', width, G]
             total = total + (x @ per_input).float().mT.flatten(1, 2)
         return total[..., None]
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .precision import full_precision
+
 FORGET_ALL = -1e4
 """Smallest log f: e^−10000 is 0 in every dtype, and sums of it stay exact in float64 where those of −∞ would be NaN."""
 
@@ -86,12 +88,14 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
+    @full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         out, below = ctx.saved_tensors
         d_above = grad / below
         return d_above, -torch.linalg.vecdot(d_above, out)[..., None]
 
 
+@full_precision
 def _step(
     query: Tensor, key: Tensor, value: Tensor, log_input: Tensor, log_forget: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +113,7 @@ class _Chunkwise(torch.autograd.Function):
     """The chunkwise form with its gradient written out: what autograd makes of it takes twice the time and memory.
 
     query, key [B, H, N, L, D], value [B, H, N, L, E], log_input and forget float64 [B, H, N, L] (sums of log f from the
-    chunk's start), S [B, H, D, E], z [B, H, D, 1] → numerator, denominator, last S and z. With F = forget, a = log_input:
+    chunk's start), S [B, H, D, E], z [B, H, D, 1] → numerator, denominator, last S and z. F = forget, a = log_input:
 
         within    D_ij = exp(F_i − F_j + a_j), j ≤ i      P = (Q Kᵀ) ∘ D
         from      g_i  = exp(F_i)                         numerator = P V + (g ∘ Q) S     denominator = P 1 + (g ∘ Q) z
@@ -119,6 +123,7 @@ class _Chunkwise(torch.autograd.Function):
     """
 
     @staticmethod
+    @full_precision
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query, key, value, log_input, forget, matrix, norm = inputs
         chunks = query.shape[:3]
@@ -139,6 +144,7 @@ class _Chunkwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
+    @full_precision
     def backward(ctx: Any, d_above: Tensor, d_below: Tensor, d_matrix: Tensor, d_norm: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors
         d_query, d_key, d_value, d_input, d_forget = (torch.empty_like(x) for x in saved[:5])

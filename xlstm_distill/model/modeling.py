@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .cache import HybridCache
 from .configuration import HybridConfig
@@ -33,13 +34,9 @@ class HybridPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # A state cannot be rolled back: on this flag transformers refuses assisted decoding and prompt look-up.
     _is_stateful = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HybridMixer):
-            module.reset_parameters()
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=getattr(self.config.base, "initializer_range", 0.02))
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
@@ -57,14 +54,40 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(base.hidden_size, base.vocab_size, bias=False)
         self.post_init()
 
+    def initialize_weights(self) -> None:
+        """Give a start to what no checkpoint gave.
+
+        transformers leaves the decoder to the teacher's class, which would draw gates at random and knows no feature
+        maps: the mixers go first.
+        """
+        for mixer in self.mixers:
+            if not mixer.query_map.is_meta:
+                mixer.reset_parameters()
+            for module in (mixer, mixer.input_gate, mixer.forget_gate, mixer.output_gate):
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        super().initialize_weights()
+
     @property
     def mixers(self) -> list[HybridMixer]:
         """The mixers in order of the layers."""
         return [layer.self_attn for layer in self.model.layers]
 
     def mixer_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that the teacher does not have, by name."""
+        """The parameters that the teacher does not have, by name; those of a branch that is off as well."""
         return {n: p for n, p in self.named_parameters() if any(f".self_attn.{new}" in n for new in NEW_PARAMETERS)}
+
+    def idle_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of `mixer_parameters` that compute nothing, because a branch or the gates are off: never trained."""
+        config = self.config
+        used = {
+            "query_map": config.use_mlstm,
+            "key_map": config.use_mlstm,
+            "input_gate": config.use_mlstm and config.use_gates,
+            "forget_gate": config.use_mlstm and config.use_gates,
+            "output_gate": config.use_mlstm and config.use_window,
+        }
+        idle = [f".self_attn.{name}" for name, is_used in used.items() if not is_used]
+        return {n: p for n, p in self.mixer_parameters().items() if any(name in n for name in idle)}
 
     def record_gates(self) -> GateRecorder:
         """`with model.record_gates() as gates: model(…)`, then `gates.means()`: mean output gate [layers, heads].
@@ -82,6 +105,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """An empty state."""
         return HybridCache([mixer.window for mixer in self.mixers], self.config.sinks)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -98,30 +122,33 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] for `input_ids` [B, T].
 
+        There are no attention weights: `output_attentions` gives none.
+
         Args:
             input_ids: tokens.
             attention_mask: [B, past + T], 0 where padding.
-            position_ids: [B, T] for RoPE; default: counted in real tokens, from 0 in each row, or document.
-            past_key_values: state of an earlier call.
+            position_ids: [B or 1, T] for RoPE; default: counted in real tokens, from 0 in each row, or document.
+            past_key_values: state of an earlier call, from `new_cache`; it is advanced in place.
             inputs_embeds: [B, T, hidden] instead of `input_ids`.
             labels: [B, T] tokens, −100 to ignore: adds the shifted cross-entropy.
             use_cache: whether to return a state.
             logits_to_keep: compute only the last so many logits; 0: all.
             objective: computes the loss from hidden states and LM head instead of logits. It runs in here so that the
                 hooks of sharding strategies have gathered the (tied) head.
-            document_ids: [B, T] numbers that change where a packed row's next document starts; read only with
+            document_ids: [B or 1, T] numbers that change where a packed row's next document starts; read only with
                 `config.reset_at_documents`. Without them, `position_ids` that start again tell the same.
-            **kwargs: passed to the decoder.
+            **kwargs: passed to the decoder (`output_hidden_states`) and to the loss (`num_items_in_batch`).
 
         Raises:
-            ValueError: packed documents and a state.
+            ValueError: packed documents and a state; a state or a mask of another kind.
         """
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
         use_cache = bool(use_cache) if objective is None else False
-        if use_cache and not isinstance(past_key_values, HybridCache):
+        self._check_state(past_key_values, attention_mask, length)
+        if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         padding_mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
-        documents = self._documents(document_ids, position_ids, past_key_values)
+        documents = self._documents(document_ids, position_ids, padding_mask, past_key_values)
         layout = make_layout(padding_mask, documents, length)
         if position_ids is None and layout is not None:
             position_ids = self._positions(layout, padding_mask, length)
@@ -139,23 +166,38 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(loss=objective(hidden, self.lm_head.weight))
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits = self.lm_head(kept)
-        loss = (
-            self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-            if labels is not None
-            else None
-        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
+    def _check_state(self, state: object, mask: Tensor | None, length: int) -> None:
+        if state is not None and not isinstance(state, HybridCache):
+            raise ValueError(
+                f"past_key_values={type(state).__name__}: a hybrid xLSTM keeps a HybridCache; leave it out, or start "
+                "from model.new_cache()"
+            )
+        total = length + (state.get_seq_length() if state is not None else 0)
+        if mask is not None and (mask.ndim != 2 or mask.shape[1] != total):
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)}: expected [batch, {total}], 0 where padding, over the "
+                "positions in past_key_values and the new ones"
+            )
 
-    def _documents(self, given: Tensor | None, position_ids: Tensor | None, cache: HybridCache | None) -> Tensor | None:
+    def _documents(
+        self, given: Tensor | None, position_ids: Tensor | None, padding_mask: Tensor | None, cache: HybridCache | None
+    ) -> Tensor | None:
         """Document numbers where rows are to be split."""
-        if not self.config.reset_at_documents or (given is None and (position_ids is None or cache is not None)):
+        if not self.config.reset_at_documents or (given is None and position_ids is None):
             return None
-        if cache is not None:
+        documents = documents_of(position_ids, padding_mask) if given is None else given  # type: ignore[arg-type]
+        if cache is None:
+            return documents
+        if bool((documents != documents[:, :1]).any()):
             raise ValueError("packed documents have no common state: pass use_cache=False, or one document per row")
-        return documents_of(position_ids) if given is None else given  # type: ignore[arg-type]
+        return None
 
     @staticmethod
     def _positions(layout: Layout, padding_mask: Tensor | None, length: int) -> Tensor:

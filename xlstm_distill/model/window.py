@@ -157,5 +157,8 @@ def _sinks_of_blocks(key: Tensor, value: Tensor, position: Tensor, sinks: int, b
 def _gather(key: Tensor, value: Tensor, index: Tensor, position: Tensor) -> Sinks:
     batch, heads = key.shape[:2]
     flat = index.expand(batch, -1, -1).flatten(1)[:, None, :, None].expand(-1, heads, -1, -1)
-    taken = (x.gather(2, flat.expand(-1, -1, -1, x.shape[3])).unflatten(2, index.shape[1:]) for x in (key, value))
-    return Sinks(*taken, position)
+
+    def take(x: Tensor) -> Tensor:
+        return x.gather(2, flat.expand(-1, -1, -1, x.shape[3])).unflatten(2, index.shape[1:])
+
+    return Sinks(take(key), take(value), position)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xlstm_distill.model.layout import Layout
+from xlstm_distill.model.layout import DOCUMENT, Layout
 from xlstm_distill.model.mixer import HybridMixer, Projected
 
 
@@ -39,15 +39,16 @@ class LayerAlignment:
     def __call__(self, mixer: HybridMixer, projected: Projected, layout: Layout | None) -> Tensor:
         """The teacher's h [B, H, T, D], for the stream."""
         projected = projected.detach()
-        target = teacher_attention(mixer, projected)
+        target = teacher_attention(mixer, projected, layout)
         if not self.counts:
             self._add(target.new_zeros((), dtype=torch.float32), target[:0])
             return target
         with torch.set_grad_enabled(self.train):
-            error = (target.float() - mixer.mix(projected, layout)).square().sum()
+            difference = target.float() - mixer.mix(projected, layout)
+            error = _real(difference, layout).square().sum()
             if self.train:
                 error.backward()
-        self._add(error.detach(), target)
+        self._add(error.detach(), _real(target, layout))
         return target
 
     def _add(self, error: Tensor, target: Tensor) -> None:
@@ -56,14 +57,21 @@ class LayerAlignment:
         self.norm = norm if self.norm is None else self.norm + norm
 
 
+def _real(x_BHTD: Tensor, layout: Layout | None) -> Tensor:
+    return x_BHTD if layout is None else x_BHTD.masked_fill(~layout.real[:, None, :, None], 0.0)
+
+
 @torch.no_grad()
-def teacher_attention(mixer: HybridMixer, projected: Projected) -> Tensor:
-    """h of Eq. 3 before W_o, [B, H, T, D]; on layers where the teacher has a window of its own, within that."""
+def teacher_attention(mixer: HybridMixer, projected: Projected, layout: Layout | None) -> Tensor:
+    """h of Eq. 3 before W_o, [B, H, T, D]; on layers where the teacher has a window of its own, within that, and in a
+    row whose documents are apart within the document."""
     query, key, value = projected.rotated_query, projected.rotated_key, projected.value
     native = mixer.native_window
-    if native is None or native >= query.shape[2]:
+    if layout is None and (native is None or native >= query.shape[2]):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=mixer.groups > 1)
-    index = torch.arange(query.shape[2], device=query.device)
-    distance = index[:, None] - index
-    mask = (distance >= 0) & (distance < native)
+    position = layout.position if layout else torch.arange(query.shape[2], device=query.device)[None]
+    distance = position[:, None, :, None] - position[:, None, None, :]
+    # Padding, at −1, sees itself and nobody sees it from farther than that.
+    mask = (distance >= 0) & (distance < min(native or DOCUMENT // 2, DOCUMENT // 2))
+    mask &= (position[:, None, None, :] >= 0) | (position[:, None, :, None] < 0)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=mixer.groups > 1)

@@ -18,7 +18,7 @@ from xlstm_distill.data.reader import Shards
 from xlstm_distill.data.shards import count_samples, sequence_of, shard_writer, write_targets_note
 from xlstm_distill.runtime.metrics import Metrics
 from xlstm_distill.runtime.stop import StopFlag
-from xlstm_distill.teacher.targets import expected_index, load_teacher, sparse_targets
+from xlstm_distill.teacher.targets import document_positions, expected_index, load_teacher, sparse_targets
 
 SPLITS = ("train", "validation")
 
@@ -80,6 +80,7 @@ class Capture:
 
     def __init__(self, teacher: Path, config: Config) -> None:
         self.settings: Cache = config.cache
+        self.split = config.student.reset_at_documents
         self.shard_bytes = config.data.shard_bytes
         if config.strategy.threads:
             torch.set_num_threads(config.strategy.threads)
@@ -137,13 +138,16 @@ class Capture:
                 f"the shards were made with another tokenizer"
             )
         batch, length = tokens.shape[0], tokens.shape[1] - 1
-        ids, log_probs, tail = (t.cpu().numpy().reshape(batch, length, *t.shape[1:]) for t in self.targets(tokens))
+        documents = torch.from_numpy(np.stack([s["document"] for s in samples]).astype(np.int64))
+        found = self.targets(tokens, documents)
+        ids, log_probs, tail = (t.cpu().numpy().reshape(batch, length, *t.shape[1:]) for t in found)
         return [codec.encode(*row, vocabulary) for row in zip(ids, log_probs, tail, strict=True)]
 
     @torch.inference_mode()
-    def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def targets(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sparse targets at the positions 0 … T − 1 of `tokens` [B, T + 1]: ids [B·T, k], log-probabilities [B·T, k],
-        log of the tail's mass [B·T]."""
-        inputs = tokens[:, :-1].to(self.device)
-        hidden_BTH = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
+        log of the tail's mass [B·T]. With `student.reset_at_documents` the `documents` [B, T + 1] are seen apart."""
+        inputs, numbers = tokens[:, :-1].to(self.device), documents[:, :-1].to(self.device)
+        positions = document_positions(numbers, self.split)
+        hidden_BTH = self.model.model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
         return sparse_targets(hidden_BTH.flatten(0, 1), self.head, self.settings.top_k, self.settings.chunk)

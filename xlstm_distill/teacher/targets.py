@@ -11,6 +11,7 @@ from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.job import JobFolder
 from xlstm_distill.contract.schema import Config, Distill
 from xlstm_distill.data.stream import Batch
+from xlstm_distill.model.layout import make_layout
 from xlstm_distill.objectives.distill import DenseTargets, SparseTargets, Targets
 from xlstm_distill.parallel.strategy import Strategy
 
@@ -27,7 +28,8 @@ def make_target_source(
         Mistake: the cached targets are not this teacher's, or have another top-k.
     """
     if config.distill.targets == "online":
-        return OnlineTargets(folder.input("fetch") / "teacher", config.distill, config.cache.top_k, strategy)
+        split = config.student.reset_at_documents
+        return OnlineTargets(folder.input("fetch") / "teacher", config.distill, config.cache.top_k, strategy, split)
     from xlstm_distill.data.shards import check_targets
 
     for source in sources:
@@ -45,10 +47,10 @@ def cached_targets(batch: Batch) -> SparseTargets:
 
 
 class OnlineTargets:
-    """The frozen teacher, spread like the student."""
+    """The frozen teacher, spread like the student; `split`: it sees the documents of a sample apart."""
 
-    def __init__(self, teacher: Path, settings: Distill, top_k: int, strategy: Strategy) -> None:
-        self.settings, self.top_k, self.strategy = settings, top_k, strategy
+    def __init__(self, teacher: Path, settings: Distill, top_k: int, strategy: Strategy, split: bool = False) -> None:
+        self.settings, self.top_k, self.strategy, self.split = settings, top_k, strategy, split
         self.model = load_teacher(teacher)
         strategy.prepare(self.model)
 
@@ -68,10 +70,25 @@ class OnlineTargets:
         handle = self.model.lm_head.register_forward_pre_hook(_keep_last(take))
         try:
             with self.strategy.autocast():
-                self.model(input_ids=batch.tokens[:, :-1].to(self.strategy.device), use_cache=False)
+                tokens, documents = (x[:, :-1].to(self.strategy.device) for x in (batch.tokens, batch.document))
+                self.model(input_ids=tokens, position_ids=document_positions(documents, self.split), use_cache=False)
         finally:
             handle.remove()
         return found[0]
+
+
+def document_positions(document: Tensor, split: bool) -> Tensor | None:
+    """Positions [B, T] that start again with each document: from these a transformer knows not to look across.
+
+    Args:
+        document: [B, T], numbers that change where the next document starts.
+        split: False: one row is one sequence, whatever it holds; then None.
+    """
+    if not split:
+        return None
+    layout = make_layout(None, document, document.shape[1])
+    assert layout is not None
+    return layout.ordinal
 
 
 def _keep_last(take: Callable[[Any, tuple[Tensor, ...]], None]) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor]]:

@@ -21,7 +21,14 @@ from xlstm_distill.train import checkpoint
 from xlstm_distill.train.gates import HeldOutGates, gate_facts
 from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
 from xlstm_distill.train.optim import make_optimizer
-from xlstm_distill.train.students import load_student, mixture, save_student, student_choices, token_folder
+from xlstm_distill.train.students import (
+    check_kernel,
+    load_student,
+    mixture,
+    save_student,
+    student_choices,
+    token_folder,
+)
 
 
 class Alignment(Task):
@@ -35,7 +42,7 @@ class Alignment(Task):
         self, model: HybridForCausalLM, settings: Align, strategy: Strategy, validation: dict[str, Batch]
     ) -> None:
         self.model, self.settings, self.strategy, self.validation = model, settings, strategy, validation
-        self.parameters = model.mixer_parameters()
+        self.parameters = {name: p for name, p in model.mixer_parameters().items() if p.requires_grad}
         self.layers = [[p for p in m.parameters() if p.requires_grad] for m in model.mixers]
         self.objectives = [LayerAlignment(train=True) for _ in model.mixers]
         for mixer, objective in zip(model.mixers, self.objectives, strict=True):
@@ -62,7 +69,7 @@ class Alignment(Task):
                 objective.counts = counts
             tokens = part.tokens[:, :-1].to(self.strategy.device)
             with torch.no_grad(), self.strategy.autocast():
-                self.model(input_ids=tokens, objective=_no_loss)
+                self.model(input_ids=tokens, document_ids=part.document[:, :-1].to(tokens.device), objective=_no_loss)
 
     def _reduce_gradients(self) -> Tensor:
         """Sum gradients, ‖h − ĥ‖² and ‖h‖² over ranks in one flat all-reduce, divide; relative error [layers]."""
@@ -113,13 +120,14 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     if world.rank == 0 and not (initial.exists() and checkpoint.latest(folder.checkpoints)):
         make_initial(folder.input("fetch") / "teacher", initial, student_choices(config))
     strategy.barrier()
-    model = load_student(initial)
+    model = load_student(initial, kernel=config.model.kernel)
     model.requires_grad_(False)
-    new = model.mixer_parameters()
-    for parameter in new.values():
+    new, idle = model.mixer_parameters(), model.idle_parameters()
+    for name, parameter in new.items():
         parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(name not in idle)
     strategy.prepare(model, replicated=new.values())
+    check_kernel(model, strategy)
     tokens = token_folder(folder)
     stream = SampleStream(
         mixture(config.data.sources, tokens),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.schema import Distill
 from xlstm_distill.data.stream import Batch, SampleStream, read_samples
@@ -17,7 +18,7 @@ from xlstm_distill.teacher.targets import TargetSource, make_target_source
 from xlstm_distill.train.gates import HeldOutGates, gate_facts
 from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
 from xlstm_distill.train.optim import make_optimizer
-from xlstm_distill.train.students import load_student, mixture, save_student, token_folder
+from xlstm_distill.train.students import check_kernel, load_student, mixture, save_student, token_folder
 
 
 class Distillation(Task):
@@ -33,8 +34,9 @@ class Distillation(Task):
     ) -> None:
         self.model, self.targets, self.settings = model, targets, settings
         self.strategy, self.validation = strategy, validation
-        self.parameters = dict(model.named_parameters())
-        mixers = model.mixer_parameters()
+        idle = model.idle_parameters()
+        self.parameters = {name: p for name, p in model.named_parameters() if name not in idle}
+        mixers = {name: p for name, p in model.mixer_parameters().items() if name not in idle}
         inherited = {name: p for name, p in self.parameters.items() if name not in mixers}
         groups: dict[float, dict[str, nn.Parameter]] = {settings.lr: inherited}
         groups.setdefault(settings.mixer_lr or settings.lr, {}).update(mixers)
@@ -82,7 +84,7 @@ class Distillation(Task):
             return found.loss
 
         with self.strategy.autocast():
-            loss = self.model(input_ids=inputs, objective=objective).loss
+            loss = self.model(input_ids=inputs, document_ids=part.document[:, :-1], objective=objective).loss
         return terms[0]._replace(loss=loss)
 
     @torch.no_grad()
@@ -109,11 +111,17 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     config = folder.config
     strategy = make_strategy(config.strategy, world)
     start = Path(config.student.init_from) if config.student.init_from else folder.input("align") / "student"
-    model = load_student(start)
+    model = load_student(start, kernel=config.model.kernel)
+    if model.config.reset_at_documents != config.student.reset_at_documents:
+        raise Mistake(
+            f"student.reset_at_documents={str(config.student.reset_at_documents).lower()}: the student in {start} was "
+            f"made with {str(model.config.reset_at_documents).lower()}; give it as it was made"
+        )
     if config.strategy.activation_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # layers recompute in training mode only; nothing else in these models depends on it
     strategy.prepare(model)
+    check_kernel(model, strategy)
     cached = config.distill.targets == "cached"
     shards = folder.input("cache") if cached else token_folder(folder)
     sources = config.expert[folder.job.expert].sources

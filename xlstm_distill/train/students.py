@@ -15,6 +15,7 @@ from xlstm_distill.contract.job import JobFolder
 from xlstm_distill.contract.schema import Config, Source
 from xlstm_distill.data.stream import Part
 from xlstm_distill.model import HybridForCausalLM
+from xlstm_distill.model.kernel import check, choose, name_of
 from xlstm_distill.parallel.strategy import Strategy
 
 SHARD_BYTES = 4 << 30
@@ -23,19 +24,35 @@ SHARD_BYTES = 4 << 30
 def student_choices(config: Config) -> dict[str, Any]:
     """The fields of the student's configuration that the experiment sets."""
     student = config.student
-    names = ("window", "sinks", "feature_map", "input_gate_soft_cap", "output_gate_bias", "chunk")
-    return {name: getattr(student, name) for name in names}
+    return {name: value for name, value in vars(student).items() if name != "init_from"}
 
 
-def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> HybridForCausalLM:
-    """The student in `folder`, for training: evaluation mode, no cache.
+def load_student(folder: Path, dtype: torch.dtype = torch.float32, kernel: str = "auto") -> HybridForCausalLM:
+    """The student in `folder`, for training: evaluation mode, no cache; `kernel` computes its mLSTM.
 
     Raises:
         Mistake: there is no student there.
     """
     if not (folder / "config.json").exists():
         raise Mistake(f"{folder}: no student there (no config.json)")
-    return HybridForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return HybridForCausalLM.from_pretrained(folder, dtype=dtype, kernel=kernel).eval()
+
+
+def check_kernel(model: HybridForCausalLM, strategy: Strategy) -> None:
+    """Compare the kernel of `model.config` with float64, as this job will use it, and say which one it is.
+
+    Raises:
+        Mistake: it cannot run here, or is wrong.
+    """
+    config, width = model.config, model.mixers[0].head_dim
+    features = width * (2 if config.feature_map == "hedgehog" else 1)
+    try:
+        kernel = choose(config.kernel, strategy.device)
+        error = check(kernel, strategy.device, strategy.dtype, features, width, config.chunk)
+    except ValueError as wrong:
+        raise Mistake(f"model.{wrong}") from wrong
+    if strategy.world.rank == 0:
+        print(f"mLSTM kernel: {name_of(kernel)}, within {error:.0e} of float64", flush=True)
 
 
 def save_student(model: HybridForCausalLM, source: Path, destination: Path, strategy: Strategy) -> None:
