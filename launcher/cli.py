@@ -104,6 +104,23 @@ def generate(
 
 
 @app.command()
+def export(
+    run: Run,
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="Folder to make: new or empty.")],
+    model: Annotated[
+        str, typer.Option(metavar="M", help="merged, aligned or an expert [merged, else the newest that is finished].")
+    ] = "",
+    runs: Runs = "runs",
+) -> None:
+    """Write a student of a run as a Hugging Face folder that loads without this package."""
+    from launcher.launch import run_module
+    from launcher.runs import find_run
+
+    chosen = [f"--model={model}"] if model else []
+    raise typer.Exit(run_module("export", [*chosen, "--", str(find_run(run, runs)), destination]))
+
+
+@app.command()
 def doctor(
     install_streaming: Annotated[
         bool, typer.Option("--install-streaming", help="Install mosaicml-streaming beside newer packages.")

@@ -3,6 +3,7 @@
     prepare JOB_DIR     ready a job folder before its ranks start; exit code 3: the job is done already
     report …            scores → Markdown, HTML, plots
     generate …          text from a student
+    export …            a student as a Hugging Face folder
 
 Each is imported when it is asked for.
 """
@@ -17,6 +18,7 @@ from xlstm_distill.contract.exitcode import DONE, MISTAKE, Mistake
 COMMANDS = {
     "report": "xlstm_distill.evaluate.report",
     "generate": "xlstm_distill.evaluate.generate",
+    "export": "xlstm_distill.export",
 }
 """Name → module whose `main(arguments)` returns an exit code."""
 ALREADY_DONE = 3

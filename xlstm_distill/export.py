@@ -8,7 +8,7 @@ README.md  export.json                                               model card;
 import argparse
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from xlstm_distill.contract.schema import Config
 from xlstm_distill.evaluate.card import Exported, model_card
 from xlstm_distill.evaluate.collect import read_config
 from xlstm_distill.evaluate.models import ModelPlace, model_places
+from xlstm_distill.merge import ModelFolder
 
 AUTO_MAP = {"AutoConfig": "configuration.HybridConfig", "AutoModelForCausalLM": "modeling.HybridForCausalLM"}
 """Auto class → file.class. There is no AutoModel: the decoder without its head is the teacher's own class."""
@@ -120,7 +121,6 @@ def describe(run: Path, config: Config, student: Student) -> Exported:
     Raises:
         Mistake: its folder holds another kind of model, or one that this version cannot read.
     """
-    from xlstm_distill.merge import ModelFolder
     from xlstm_distill.model import HybridConfig
 
     folder = student.place.folder
@@ -140,23 +140,20 @@ def copy_student(student: Student, destination: Path) -> None:
     Raises:
         Mistake: a copy has not the hash that the manifest gives.
     """
-    source = student.place.folder
-    expected = {
-        name.partition("/")[2]: values for name, values in student.manifest.outputs.items() if name.startswith("student/")
-    }
+    source, manifest = student.place.folder, student.manifest
     for file in source.iterdir():
         if file.is_file() and not file.name.startswith("."):
             shutil.copyfile(file, destination / file.name)
-    kept = {name: values for name, values in expected.items() if "/" not in name}
-    if wrong := verify_outputs(_with_outputs(student.manifest, kept), destination, deep=True):
-        raise Mistake(f"export: {student.place.name}: {wrong}; the run's file is damaged")
+    own = {
+        Path(name).name: values for name, values in manifest.outputs.items() if Path(name).parent.name == source.name
+    }
+    if wrong := verify_outputs(replace(manifest, outputs=own), destination, deep=True):
+        raise Mistake(
+            f"export: {student.place.name}: {wrong}; remove the manifest.json of {manifest.job} and launch again"
+        )
     for name in REWRITTEN:
         if (destination / name).is_file():
             _rewrite(destination / name, {"auto_map": AUTO_MAP} if name == "config.json" else {})
-
-
-def _with_outputs(manifest: Manifest, outputs: dict[str, Any]) -> Manifest:
-    return Manifest(**{**asdict(manifest), "outputs": outputs})
 
 
 def _rewrite(path: Path, added: dict[str, Any]) -> None:

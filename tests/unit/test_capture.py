@@ -12,10 +12,10 @@ from data_support import ALONE, NeverStop, make_config, make_job
 from xlstm_distill.contract.exitcode import Mistake, Stopped
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.manifest import read_manifest
-from xlstm_distill.contract.schema import Cache, Source, Strategy
+from xlstm_distill.contract.schema import Cache, Source, Strategy, Student
 from xlstm_distill.data.shards import check_targets, sample, shard_writer
 from xlstm_distill.data.stream import Part, SampleStream, read_samples
-from xlstm_distill.teacher.capture import run
+from xlstm_distill.teacher.capture import Capture, run
 
 VOCABULARY, SEQUENCE, TOP_K = 90, 12, 5
 COUNTS = {"train": 11, "validation": 3}
@@ -77,6 +77,23 @@ def test_targets_are_the_teachers_log_probabilities_of_the_next_token(tmp_path, 
         torch.testing.assert_close(log_probs.double(), reference.gather(-1, ids), atol=1e-5, rtol=2**-10)
         rest = (1 - wanted.exp().sum(-1)).log()
         torch.testing.assert_close(tail.double(), rest, atol=1e-4, rtol=2**-10)
+
+
+def test_with_reset_each_document_of_a_sample_is_seen_alone(tmp_path, teacher):
+    config = make_config({"mine": Source()}, sequence=SEQUENCE)
+    split = replace(config, student=Student(reset_at_documents=True), strategy=Strategy(precision="float32", threads=1))
+    tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
+    documents = torch.zeros_like(tokens)
+    documents[:, 5:] = 1
+    first, second = tokens[:, :5], tokens[:, 5:]
+    whole = Capture(teacher, split).targets(tokens, documents)
+    plain = Capture(teacher, replace(split, student=Student()))
+    left = plain.targets(torch.cat([first, first[:, :1]], 1), documents[:, :6])
+    right = plain.targets(second, documents[:, 5:])
+    for n in (1, 2):  # log-probabilities, tail
+        found = whole[n].unflatten(0, (2, SEQUENCE))
+        torch.testing.assert_close(found[:, :5], left[n].unflatten(0, (2, 5)), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[:, 5:], right[n].unflatten(0, (2, SEQUENCE - 5)), atol=1e-4, rtol=1e-4)
 
 
 def test_tokens_masks_and_documents_are_those_of_the_token_shards(tmp_path, teacher):

@@ -48,7 +48,10 @@ def test_every_family(tmp_path, family, closed, tied):
         {"rope_parameters": LLAMA_3},
         {"rope_parameters": YARN},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}, "max_position_embeddings": 32},
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0},
+            "max_position_embeddings": 32,
+        },
     ],
     ids=["MQA", "MHA", "wide heads", "biases", "llama3 RoPE", "yarn", "linear RoPE", "dynamic RoPE"],
 )

@@ -5,7 +5,7 @@ import torch
 from model_support import FAMILIES, VOCABULARY, tiny_student
 from transformers import AutoModelForCausalLM
 
-from xlstm_distill.model.layout import DOCUMENT, documents_of, make_layout
+from xlstm_distill.model.layout import DOCUMENT, documents_of, has_holes, make_layout
 from xlstm_distill.objectives.align import LayerAlignment
 from xlstm_distill.teacher.targets import document_positions
 
@@ -149,6 +149,15 @@ def test_a_mask_of_another_kind_is_refused_in_one_line(tmp_path):
         student(ids, attention_mask=torch.ones(2, 1, 6, 6))
 
 
+def test_padding_between_tokens_is_refused_with_what_to_do(tmp_path):
+    _, student = tiny_student(tmp_path)
+    ids, mask = tokens(8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    student(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="padding between the tokens of a row; pad prompts on the left"):
+        student.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
 def test_positions_count_real_tokens_of_each_document():
     mask = torch.tensor([[0, 1, 1, 1, 0, 1, 1]])
     documents = torch.tensor([[9, 9, 9, 4, 4, 4, 4]])
@@ -157,6 +166,8 @@ def test_positions_count_real_tokens_of_each_document():
     assert len({p // DOCUMENT for p in layout.position[0, 1:3].tolist()}) == 1
     assert make_layout(mask, None, 7).position.tolist() == [[-1, 0, 1, 2, -1, 3, 4]]
     assert make_layout(None, None, 7) is None
+    assert has_holes(mask, layout)  # the second document's
+    assert not has_holes(mask, make_layout(mask, torch.tensor([[9, 9, 9, 4, 4, 5, 5]]), 7))
     positions = torch.tensor([[0, 0, 1, 0, 0, 1, 2]])
     assert documents_of(positions, mask).tolist() == [[0, 0, 0, 1, 1, 1, 1]]
     assert documents_of(torch.tensor([[5, 6, 0, 1, 0, 0]])).tolist() == [[0, 0, 1, 1, 2, 3]]

@@ -1,5 +1,7 @@
 """Eq. 8-10: the chunkwise cell, its gradients and its carried state are those of the recurrence in float64."""
 
+import functools
+
 import pytest
 import torch
 
@@ -55,11 +57,32 @@ def assert_near(found, wanted, bound):
         assert error <= bound, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 64])
-@pytest.mark.parametrize("length", [1, 7, 64, 65, 200])
+@pytest.mark.parametrize("chunk", [1, 16, 64, 128, 4096])
+@pytest.mark.parametrize("length", [1, 7, 64, 65, 130, 300])
 def test_output_state_and_gradients_are_those_of_the_recurrence(length, chunk):
     given = inputs(length)
     assert_near(run(mlstm, given, torch.float32, chunk=chunk), run(recurrence, given, torch.float64), 1e-4)
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_a_thousand_positions(chunk):
+    given = inputs(1000)
+    assert_near(run(mlstm, given, torch.float32, chunk=chunk), reference_of_a_thousand(), 1e-4)
+
+
+@functools.cache
+def reference_of_a_thousand():
+    return run(recurrence, inputs(1000), torch.float64)
+
+
+@pytest.mark.parametrize(("keys", "values"), [(4, 16), (16, 4), (8, 1)])
+def test_keys_and_values_of_other_widths(keys, values):
+    torch.manual_seed(1)
+    given = inputs(70)
+    given["query"], given["key"] = (torch.randn(B, H, 70, keys).double().softmax(-1) for _ in range(2))
+    given["value"] = torch.randn(B, H, 70, values).double()
+    given["state"] = torch.randn(B, H, keys, values + 1).double().abs()
+    assert_near(run(mlstm, given, torch.float32, chunk=16), run(recurrence, given, torch.float64), 1e-4)
 
 
 @pytest.mark.parametrize("gate", [-15.0, 15.0])
@@ -117,3 +140,66 @@ def test_a_position_that_is_left_out_changes_no_other_and_gives_zero_where_nothi
     torch.testing.assert_close(state, alone_state, atol=1e-5, rtol=1e-5)
     output.square().sum().backward()
     assert all(torch.isfinite(x.grad).all() for x in leaves)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 64])
+def test_where_all_is_forgotten_a_text_begins_anew(chunk):
+    """log f = −∞: the output, the state and the gradients are those of the pieces alone."""
+    given = inputs(70)
+    given["log_forget"][..., 23] = given["log_forget"][..., 24] = given["log_forget"][..., 64] = -torch.inf
+    found = run(mlstm, given, torch.float32, chunk=chunk)
+    wanted = run(recurrence, given, torch.float64)
+    dead = wanted["log_forget"].isnan() | given["log_forget"].isinf()  # 0 · ∞ in the reference's own gradient
+    wanted["log_forget"], found["log_forget"] = (x["log_forget"].masked_fill(dead, 0.0) for x in (wanted, found))
+    del wanted["state"]  # nothing of it is left behind the first of them
+    assert_near(found, wanted, 1e-4)
+    alone, _ = mlstm(*(given[name][:, :, 24:64].float() for name in NAMES[:-1]), None, chunk)
+    torch.testing.assert_close(found["output"][:, :, 24:64], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+@pytest.mark.parametrize("log_input", [-15.0, 0.0, 15.0])
+@pytest.mark.parametrize("log_forget", [-1e30, -1e-30, 0.0])
+@pytest.mark.parametrize("size", [1e-30, 1e10])
+def test_extremes_give_no_nan(chunk, log_input, log_forget, size):
+    given = {name: x.float() for name, x in inputs(200, with_state=False).items()}
+    given["value"] *= size
+    given["log_input"], given["log_forget"] = (torch.full_like(given["log_input"], x) for x in (log_input, log_forget))
+    for name in ("query", "key"):  # features as sharp as they get
+        given[name] = torch.nn.functional.one_hot(given[name].argmax(-1), D).float().clamp_min(1e-12)
+    found = run(mlstm, given, torch.float32, chunk=chunk)
+    assert all(torch.isfinite(x).all() for x in found.values())
+    assert found["output"].abs().max() <= 1.01 * given["value"].abs().max()  # a weighted mean of values
+
+
+def test_values_near_the_end_of_float32_stay_finite():
+    given = {name: x.float() for name, x in inputs(200, with_state=False).items()}
+    given["value"] *= 1e30
+    output, state = mlstm(*given.values(), 64)
+    assert output.isfinite().all()
+    assert state.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 5000])
+def test_100000_positions_stay_finite_and_exact(step):
+    """The step form and the chunks, with gates at the cap and a memory that hardly forgets."""
+    torch.manual_seed(0)
+    length = 100_000
+    query, key = (torch.randn(1, 1, length, 4).softmax(-1) for _ in range(2))
+    value = torch.randn(1, 1, length, 2)
+    log_input = 15 * torch.tanh(torch.randn(1, 1, length))
+    log_forget = torch.nn.functional.logsigmoid(12 + torch.randn(1, 1, length))
+    state, outputs = None, []
+    with torch.no_grad():
+        for start in range(0, length, step):
+            part = [x[:, :, start : start + step] for x in (query, key, value, log_input, log_forget)]
+            output, state = mlstm(*part, state, 64)
+            outputs.append(output)
+    # In float64 by sums over all positions, weighted by what is left of each at the last one.
+    weight = (log_input.double() + log_forget.double().flip(-1).cumsum(-1).flip(-1) - log_forget.double()).exp()
+    weight = weight[..., None] * key.double()
+    joined = torch.cat([value, torch.ones_like(value[..., :1])], -1).double()
+    wanted = weight.mT @ joined
+    assert torch.cat(outputs, 2).isfinite().all()
+    assert (state.double() - wanted).norm() <= 1e-4 * wanted.norm()

@@ -1,4 +1,4 @@
-"""The student as a Hugging Face model: identity with the teacher, state, padding, saving, conversion."""
+"""Conversion of a teacher's folder, and the configuration."""
 
 import hashlib
 import json
@@ -6,15 +6,12 @@ import json
 import pytest
 import torch
 from data_support import make_tokenizer
-from model_support import FAMILIES, VOCABULARY, randomise, tiny_student, tiny_teacher
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from model_support import VOCABULARY, randomise, tiny_student, tiny_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import xlstm_distill.model
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.model import HybridConfig, HybridForCausalLM, convert
 from xlstm_distill.train.align import make_initial
-
-BRANCHES = [{}, {"use_mlstm": False}, {"use_window": False}]
 
 
 def tokens(length, batch=2, seed=0):

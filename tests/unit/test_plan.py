@@ -92,6 +92,10 @@ def test_paths_take_the_place_of_jobs() -> None:
     ("overrides", "changed"),
     [
         (["student.window=32"], {"align"}),
+        (["student=linear-attention"], {"align"}),
+        (["student.gate_input=hidden"], {"align"}),
+        (["student.feature_rope=after"], {"align"}),
+        (["student.reset_at_documents=true"], {"align", "cache", "distill-math", "distill-code"}),
         (["align.lr=1e-3"], {"align"}),
         (["distill.lr=1e-3"], {"distill-math", "distill-code"}),
         (["distill.gamma=.5"], {"distill-math", "distill-code"}),
@@ -104,7 +108,16 @@ def test_paths_take_the_place_of_jobs() -> None:
         (["data.sources.demo_math.weight=.3", "data.sources.demo_code.weight=.7"], {"align"}),
         (["align.tokens=9999", "align.micro_batch=1", "align.validate_every=3", "align.checkpoint_every=3"], set()),
         (["data.workers=2", "strategy=fsdp", "strategy.threads=1", "eval.batch=1", "cache.micro_batch=1"], set()),
-        (["cluster=slurm", "cluster.stages.align.gpus_per_node=4", "name=x", "student.chunk=32", "model.kernel=torch"], set()),
+        (
+            [
+                "cluster=slurm",
+                "cluster.stages.align.gpus_per_node=4",
+                "name=x",
+                "student.chunk=32",
+                "model.kernel=torch",
+            ],
+            set(),
+        ),
         (["distill.validation_samples=3", "distill.keep=9", "align.validation_samples=1"], set()),
     ],
     ids=lambda value: " ".join(sorted(value)) or "none",

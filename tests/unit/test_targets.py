@@ -64,6 +64,19 @@ def test_the_teacher_beside_the_student_gives_its_own_logits(tmp_path, loss, tie
     assert not online.model.lm_head._forward_pre_hooks
 
 
+def test_with_reset_the_teacher_sees_each_document_of_a_sample_alone(tmp_path):
+    teacher = tiny_teacher()
+    teacher.save_pretrained(tmp_path)
+    strategy = make_strategy(Strategy(precision="float32", threads=1), World())
+    online = OnlineTargets(tmp_path, Distill(loss="full", targets="online"), 5, strategy, split=True)
+    given = batch()
+    given.document[:, 4:] = 1
+    found = online(given).hidden.unflatten(0, (3, 10))
+    with torch.no_grad():
+        alone = [teacher.model(part).last_hidden_state for part in (given.tokens[:, :4], given.tokens[:, 4:-1])]
+    torch.testing.assert_close(found, torch.cat(alone, 1), atol=1e-4, rtol=1e-4)
+
+
 def test_cached_targets_come_flat_and_their_absence_is_told():
     given = batch()
     with pytest.raises(Mistake, match="hold no teacher targets; run stage=cache"):

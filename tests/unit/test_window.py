@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xlstm_distill.model.layout import make_layout
+from xlstm_distill.model.layout import DOCUMENT, make_layout
 from xlstm_distill.model.window import window_attention
 
 B, H, D = 2, 2, 8
@@ -65,3 +65,99 @@ def test_left_padded_rows_equal_what_they_give_alone(pad):
     assert torch.isfinite(together).all()
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(64, 4), (1, 1), (65, 2), (63, 0), (3, 70)])
+@pytest.mark.parametrize("length", [63, 64, 65, 66, 129, 200])
+def test_around_the_edges_of_blocks(length, window, sinks):
+    tensors = draw(length)
+    found = with_gradients(attend, tensors, torch.float32, window, sinks)
+    wanted = with_gradients(masked, tensors, torch.float64, window, sinks)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def masked(query, key, value, window, sinks, layout=None):
+    """One softmax under `allowed`, float64."""
+    length = query.shape[2]
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    return scores.masked_fill(~allowed(length, window, sinks, layout)[:, None], -torch.inf).softmax(-1) @ value
+
+
+def allowed(length, window, sinks, layout=None):
+    """Which key a query sees [B, T, T], by a loop over pairs; padding sees itself."""
+    rows = layout.position.tolist() if layout else [list(range(length))]
+    seen = torch.zeros(len(rows), length, length, dtype=torch.bool)
+    for row, positions in enumerate(rows):
+        for q, here in enumerate(positions):
+            for k, there in enumerate(positions):
+                if here < 0 or there < 0:
+                    seen[row, q, k] = q == k
+                    continue
+                (document, at), (other, of) = divmod(here, DOCUMENT), divmod(there, DOCUMENT)
+                seen[row, q, k] = document == other and of <= at and (at - of < window or of < sinks)
+    return seen
+
+
+def layouts():
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :6] = mask[1, 33:] = 0
+    documents = torch.cat([torch.full((n,), n) for n in (1, 2, 17, 12, 8)]).expand(2, -1)
+    return {
+        "padding": make_layout(mask, None, 40),
+        "documents": make_layout(None, documents, 40),
+        "one row of documents": make_layout(None, documents[:1], 40),
+        "both": make_layout(mask, documents, 40),
+    }
+
+
+@pytest.mark.parametrize("kind", ["padding", "documents", "one row of documents", "both"])
+@pytest.mark.parametrize(("window", "sinks"), [(5, 2), (1, 3), (9, 0), (50, 2)])
+def test_padding_and_documents_output_and_gradients(kind, window, sinks):
+    layout, tensors = layouts()[kind], draw(40)
+    real = layout.real.expand(B, -1)[:, None, :, None]
+
+    def found(query, key, value):
+        return window_attention(query, key, value, window, sinks, layout) * real
+
+    def wanted(query, key, value):
+        return masked(query, key, value, window, sinks, layout) * real
+
+    for a, b in zip(
+        with_gradients(found, tensors, torch.float32), with_gradients(wanted, tensors, torch.float64), strict=True
+    ):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, "padding", "documents", "both"])
+@pytest.mark.parametrize(("window", "sinks"), [(5, 2), (1, 3), (9, 0), (50, 2)])
+def test_the_mask_of_flex_attention_is_the_same(kind, window, sinks):
+    from xlstm_distill.model import flex
+
+    layout = layouts()[kind] if kind else None
+    mask = flex.window_mask(layout.position, window, sinks) if kind else flex._plain_mask(40, window, sinks, "cpu")
+    pairs = torch.arange(40)
+    wanted = allowed(40, window, sinks, layout)
+    for row in range(len(wanted)):
+        found = mask.mask_mod(torch.tensor(row), torch.tensor(0), pairs[:, None], pairs[None, :])
+        assert found.expand(40, 40).equal(wanted[row])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_kept_for_the_backward_pass_is_linear_in_the_length(padded):
+    def kept(length):
+        tensors = [torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3)]
+        mask = torch.ones(1, length, dtype=torch.long)
+        mask[0, :3] = 0
+        storages = {}
+
+        def pack(x):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            attend(*tensors, 16, 4, mask if padded else None).sum()
+        return sum(storages.values())
+
+    assert kept(4096) < 2.2 * kept(2048)
+    full = 4096 * 4096  # bytes of a mask over all pairs
+    assert kept(4096) < full

@@ -1,6 +1,6 @@
 """The student's state while it writes: per layer the mLSTM state, and keys and values of sinks and window.
 
-Its size does not depend on how much was read. Per row, with b bytes per key or value (`state_bytes`):
+Its size does not depend on how much was read. Per row, with b bytes per key or value (`HybridConfig.state_bytes`):
 
     Σ over layers   4·H·D_φ·(D + 1)  +  (2·b·H_kv·D + 8)·(sinks + W)  +  8
 

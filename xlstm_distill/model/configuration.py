@@ -12,7 +12,10 @@ CHOICES = {
     "feature_map": ("softmax", "hedgehog"),
     "feature_rope": ("before", "after", "none"),
     "gate_input": ("qkv", "qkv_rotated", "hidden"),
+    "kernel": ("auto", "torch", "triton"),
 }
+LARGEST_CAP = 60.0
+"""Of the input gate: beyond, sums of e^60 over many positions leave float32."""
 
 
 def _of_base(name: str) -> Any:
@@ -30,8 +33,8 @@ class HybridConfig(PreTrainedConfig):
         window: W, positions of the sliding window, the current one included.
         sinks: first positions of the sequence that every query sees, on top of the window.
         feature_map: φ, `softmax` of x W over the features, or `hedgehog`: of x W and −x W.
-        feature_rope: RoPE `before` φ, `after` it (in the numerator only: RoFormer, Su et al. 2021, Eq. 19), or `none` in
-            the mLSTM branch.
+        feature_rope: RoPE `before` φ, `after` it (in the numerator only: RoFormer, Su et al. 2021, Eq. 19), or `none`
+            in the mLSTM branch.
         gate_input: what the output gate sees: `qkv` of its head before RoPE, `qkv_rotated`, or `hidden`, the layer's
             input.
         input_gate_soft_cap: c of c·tanh(x/c) on the input gate's pre-activation.
@@ -78,21 +81,22 @@ class HybridConfig(PreTrainedConfig):
         check_family(base_config.model_type)
         if not (use_mlstm or use_window):
             raise ValueError("use_mlstm and use_window are both False: nothing would be mixed")
-        if window < 1 or sinks < 0 or chunk < 1 or not input_gate_soft_cap > 0:
+        if window < 1 or sinks < 0 or chunk < 1 or not 0 < input_gate_soft_cap <= LARGEST_CAP:
             raise ValueError(
-                f"expected window ≥ 1, sinks ≥ 0, chunk ≥ 1 and input_gate_soft_cap > 0, not {window}, {sinks}, {chunk} "
-                f"and {input_gate_soft_cap}"
+                f"expected window ≥ 1, sinks ≥ 0, chunk ≥ 1 and {LARGEST_CAP} ≥ input_gate_soft_cap > 0, not {window}, "
+                f"{sinks}, {chunk} and {input_gate_soft_cap}"
             )
         self.base_config = base_config
         self.window, self.sinks = window, sinks
         self.feature_map, self.feature_rope, self.gate_input = feature_map, feature_rope, gate_input
+        self.kernel = kernel
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         self.input_gate_soft_cap, self.output_gate_bias = input_gate_soft_cap, output_gate_bias
         self.reset_at_documents = reset_at_documents
         self.use_mlstm, self.use_window, self.use_gates = use_mlstm, use_window, use_gates
-        self.chunk, self.kernel = chunk, kernel
+        self.chunk = chunk
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype"):
             kwargs.setdefault(name, getattr(base_config, name, None))
         super().__init__(**kwargs)

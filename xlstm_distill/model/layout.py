@@ -56,6 +56,14 @@ def make_layout(padding_mask: Tensor | None, documents: Tensor | None, length: i
     return Layout(torch.where(real, position, -1), split=True)
 
 
+def has_holes(padding_mask: Tensor, layout: Layout) -> bool:
+    """Whether padding stands between tokens of one row, or of one document; `padding_mask` as in `make_layout`."""
+    real = padding_mask.bool()
+    begins = real[:, 1:] & ~real[:, :-1]
+    inside = layout.ordinal[:, 1:] > 0 if layout.split else real.long().cumsum(1)[:, 1:] > 1
+    return bool((begins & inside).any())
+
+
 def documents_of(position_ids: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     """Document numbers [B, T] of a packed row from positions [B or 1, T] that start again with each document.
 

@@ -229,7 +229,7 @@ class HybridMixer(nn.Module):
 
 
 class _Features(torch.autograd.Function):
-    """Softmax over the last axis, at least `PHI_FLOOR`. The gradient is the softmax's: the floor changes it by 1e-12."""
+    """Softmax over the last axis, at least `PHI_FLOOR`. The gradient is the softmax's; the floor is 1e-12 of it."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache import HybridCache
 from .configuration import HybridConfig
 from .gates import GateRecorder
-from .layout import Layout, documents_of, make_layout
+from .layout import Layout, documents_of, has_holes, make_layout
 from .mixer import NEW_PARAMETERS, HybridMixer
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -126,7 +126,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: tokens.
-            attention_mask: [B, past + T], 0 where padding.
+            attention_mask: [B, past + T], 0 where padding, which stands before or after a row's tokens.
             position_ids: [B or 1, T] for RoPE; default: counted in real tokens, from 0 in each row, or document.
             past_key_values: state of an earlier call, from `new_cache`; it is advanced in place.
             inputs_embeds: [B, T, hidden] instead of `input_ids`.
@@ -150,6 +150,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         padding_mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
         documents = self._documents(document_ids, position_ids, padding_mask, past_key_values)
         layout = make_layout(padding_mask, documents, length)
+        if padding_mask is not None and layout is not None and has_holes(padding_mask, layout):
+            raise ValueError(
+                "attention_mask: padding between the tokens of a row; pad prompts on the left "
+                '(tokenizer.padding_side = "left")'
+            )
         if position_ids is None and layout is not None:
             position_ids = self._positions(layout, padding_mask, length)
         outputs = self.model(

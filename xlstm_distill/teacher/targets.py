@@ -28,8 +28,8 @@ def make_target_source(
         Mistake: the cached targets are not this teacher's, or have another top-k.
     """
     if config.distill.targets == "online":
-        split = config.student.reset_at_documents
-        return OnlineTargets(folder.input("fetch") / "teacher", config.distill, config.cache.top_k, strategy, split)
+        teacher, reset = folder.input("fetch") / "teacher", config.student.reset_at_documents
+        return OnlineTargets(teacher, config.distill, config.cache.top_k, strategy, split=reset)
     from xlstm_distill.data.shards import check_targets
 
     for source in sources:

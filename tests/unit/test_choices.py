@@ -1,0 +1,85 @@
+"""The choices of `student.*` go from the settings into the student, and every one of them trains in both stages."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from train_support import TOKENS_PER_STEP, job, make_config, make_run, run
+
+from launcher.compose import compose
+from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.model import HybridConfig, HybridForCausalLM
+from xlstm_distill.train.students import student_choices
+
+ABLATIONS = [
+    {"use_gates": False, "use_window": False},
+    {"use_window": False},
+    {"sinks": 0},
+    {"feature_map": "hedgehog", "feature_rope": "after", "gate_input": "qkv_rotated"},
+    {"feature_rope": "none", "gate_input": "hidden"},
+    {"reset_at_documents": True},
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("choices", ABLATIONS, ids=lambda choices: " ".join(choices))
+def test_every_choice_trains_in_both_stages_and_leaves_idle_parameters_alone(jobs, tmp_path, choices):
+    config = make_config(jobs.parent / "shards")
+    short = {stage: replace(getattr(config, stage), tokens=3 * TOKENS_PER_STEP) for stage in ("align", "distill")}
+    config = replace(config, student=replace(config.student, **choices), **short)
+    for name in ("fetch", "cache"):
+        (tmp_path / name).symlink_to(jobs / name, target_is_directory=True)
+    aligned = job(tmp_path, "align", config, inputs=("fetch",))
+    facts = run(aligned)
+    assert sum(facts["error_after"]) < sum(facts["error_before"])
+    aligned.finish({})
+    expert = job(tmp_path, "distill-math", config, "distill", inputs=("fetch", "align", "cache"), expert="math")
+    run(expert)
+    start, after = (
+        HybridForCausalLM.from_pretrained(place) for place in (aligned.output / "initial", expert.output / "student")
+    )
+    assert {name: getattr(after.config, name) for name in choices} == choices
+    idle, first = after.idle_parameters(), start.state_dict()
+    for name, parameter in after.named_parameters():
+        if name in after.mixer_parameters():
+            assert parameter.equal(first[name]) == (name in idle), name
+
+
+def test_a_student_made_with_another_reset_is_refused_in_one_line(jobs, tmp_path):
+    config = make_config(jobs.parent / "shards")
+    student = replace(config.student, reset_at_documents=True, init_from=str(jobs / "align/output/student"))
+    (tmp_path / "fetch").symlink_to(jobs / "fetch", target_is_directory=True)
+    wrong = job(tmp_path, "distill-math", replace(config, student=student), "distill", inputs=("fetch",), expert="math")
+    with pytest.raises(Mistake, match=r"student.reset_at_documents=true: the student in .* was made with false"):
+        run(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("hybrid", {"sinks": 4, "use_window": True, "use_gates": True, "feature_map": "softmax"}),
+        ("mlstm-window", {"sinks": 0, "use_window": True, "use_gates": True}),
+        ("mlstm", {"use_window": False, "use_gates": True}),
+        ("linear-attention", {"use_window": False, "use_gates": False}),
+        ("hedgehog", {"sinks": 4, "feature_map": "hedgehog"}),
+    ],
+)
+def test_the_ready_made_students_are_the_papers_ablations(name, wanted):
+    config = compose([f"student={name}"]).config
+    choices = student_choices(config)
+    assert {key: choices[key] for key in wanted} == wanted
+    base = {"model_type": "llama"}
+    made = HybridConfig(base, **choices)
+    assert all(getattr(made, key) == value for key, value in choices.items())
+
+
+def test_documents_matter_where_the_student_resets(jobs):
+    folder = jobs / "align/output/student"
+    apart, joined = (HybridForCausalLM.from_pretrained(folder, reset_at_documents=reset) for reset in (True, False))
+    ids, documents = torch.arange(3, 15)[None], torch.arange(12)[None] // 6
+    assert joined(ids, document_ids=documents).logits.equal(joined(ids).logits)
+    assert not apart(ids, document_ids=documents).logits.equal(apart(ids).logits)

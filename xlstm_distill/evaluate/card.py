@@ -1,0 +1,335 @@
+"""The model card of an exported student, made from what the run recorded. Nothing of the machine stands in it."""
+
+import inspect
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.files import hash_value
+from xlstm_distill.contract.manifest import Manifest, read_manifest
+from xlstm_distill.contract.schema import Config, Source
+from xlstm_distill.evaluate.collect import Measured, Results, collect
+from xlstm_distill.evaluate.models import ModelPlace, model_places
+from xlstm_distill.evaluate.tables import Table, as_markdown, mean_recovery, number, score_cell
+from xlstm_distill.merge import Entry
+
+if TYPE_CHECKING:
+    from xlstm_distill.model import HybridConfig
+
+HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "Llama 3.1 Community License": "llama3.1"}
+"""Our names of licences → the hub's."""
+PAPER = "[Effective Distillation to Hybrid xLSTM Architectures](https://arxiv.org/abs/2603.15590)"
+ALPHAS = (0.0, 0.05, 0.1)
+"""Tolerances at which the card gives the Win-and-Tie rate."""
+SETTINGS = ("align.", "distill.", "merge.", "cache.", "seed", "data.sequence")
+"""Starts of the settings that the card lists: no paths among them; the student's own stand in its configuration."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One finished student, and what its run recorded of it."""
+
+    run: Path
+    config: Config
+    place: ModelPlace
+    hybrid: "HybridConfig"
+    entries: list[Entry]
+    """Its tensors."""
+
+    @cached_property
+    def manifests(self) -> dict[str, Manifest]:
+        """Job → manifest of everything that this student was made from, in order. One that was made again since is
+        left out: it is not what the student was made from."""
+        found: dict[str, Manifest] = {}
+        pending: list[tuple[str, str | None]] = [(self.place.job, None)]
+        while pending:
+            job, digest = pending.pop()
+            manifest = read_manifest(self.run / "jobs" / job / "manifest.json")
+            if job not in found and manifest is not None and digest in (None, manifest.digest):
+                found[job] = manifest
+                pending += manifest.inputs.items()
+        return dict(sorted(found.items(), key=lambda item: item[1].finished))
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """Name, place (no path of this machine), revision and hashes of the teacher."""
+        teacher = self.config.teacher
+        fetched = self.facts("fetch").get("teacher", {})
+        where = {"hub": teacher.path, "wheel": f"Python package {teacher.path}"}.get(teacher.source, "a local folder")
+        return {
+            "name": teacher.name,
+            "from": where + (f", {teacher.gguf_file}" if teacher.gguf_file else ""),
+            "revision": fetched.get("revision", "") or teacher.revision,
+            "weights_xxh64": fetched.get("weights", ""),
+            "tokenizer_xxh64": fetched.get("tokenizer", ""),
+            "license": fetched.get("license", "") or teacher.license,
+        }
+
+    @property
+    def experts(self) -> list[str]:
+        """Experts that it was made from."""
+        return [name for name in self.config.experts if f"distill-{name}" in self.manifests]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tensor that is shared counts once."""
+        return sum(math.prod(entry.shape) for entry in self.entries)
+
+    @property
+    def dtype(self) -> str:
+        """Types of the stored tensors, as safetensors names them."""
+        return ", ".join(sorted({entry.dtype for entry in self.entries}))
+
+    @cached_property
+    def results(self) -> Results:
+        """What the run measured on these very models."""
+        return collect(self.run)
+
+    def measured(self, name: str) -> Measured | None:
+        """What was measured on a model of the run as it stands now, or None."""
+        place = model_places(self.run / "jobs", self.config)[name]
+        piece = read_manifest(self.run / "jobs" / "eval" / "pieces" / f"{name}.json")
+        current = read_manifest(self.run / "jobs" / place.job / "manifest.json") if place.job else None
+        if piece is None or current is None or piece.inputs.get(place.job) != current.digest:
+            return None
+        return next((model for model in self.results.models if model.name == name), None)
+
+    def facts(self, job: str) -> Mapping[str, Any]:
+        """Facts of a job that it was made from."""
+        return self.manifests[job].facts if job in self.manifests else {}
+
+
+def model_card(exported: Exported) -> str:
+    """README.md: front matter for the Hugging Face Hub, then what it is, how to use it, and what is known of it."""
+    parts = [
+        _front_matter(exported),
+        *_introduction(exported),
+        *_use(exported),
+        *_evaluation(exported),
+        *_limits(exported),
+        *_training(exported),
+        *_data(exported),
+        *_settings(exported),
+        *_licence(exported),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(exported: Exported) -> str:
+    teacher = exported.config.teacher
+    name = exported.teacher["license"]
+    fields: dict[str, Any] = {"license": HUB_LICENCES.get(name, "other")}
+    if name not in HUB_LICENCES:
+        fields["license_name"] = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") or "see-the-teacher"
+    if teacher.source == "hub":
+        fields["base_model"] = teacher.path
+        if name not in HUB_LICENCES:
+            fields["license_link"] = f"https://huggingface.co/{teacher.path}"
+    if hubs := sorted({source.path for source in _sources(exported).values() if source.kind == "hub"}):
+        fields["datasets"] = hubs
+    fields |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["xlstm", "mlstm", "hybrid", "linear-attention", "distillation", "custom_code"],
+    }
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _introduction(exported: Exported) -> list[str]:
+    hybrid, teacher = exported.hybrid, exported.config.teacher
+    linked = f"[{teacher.path}](https://huggingface.co/{teacher.path})" if teacher.source == "hub" else teacher.name
+    kind = {
+        "merged": f"the merge of the experts {', '.join(exported.experts)}",
+        "aligned": "aligned to its teacher layer by layer, not yet distilled end to end",
+    }.get(exported.place.name, f"the expert {exported.place.name}")
+    return [
+        f"# {teacher.name} as a hybrid xLSTM",
+        f"{linked}, distilled: in every layer an mLSTM beside a sliding window of {hybrid.window} tokens and "
+        f"{hybrid.sinks} attention sinks stands in the place of attention, after {PAPER} (Hauzenberger et al.). Its time "
+        f"is linear in the length of the input and its memory constant while it writes. This is {kind}; "
+        f"{exported.parameters / 1e6:,.1f} M parameters, stored as {exported.dtype}.",
+    ]
+
+
+def _use(exported: Exported) -> list[str]:
+    prompt = (
+        'chat = [{"role": "user", "content": "What is the capital of France?"}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
+        ")"
+        if exported.config.teacher.chat
+        else 'inputs = tokenizer("The capital of France is", return_tensors="pt")'
+    )
+    code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "…"  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+{prompt}
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+    return [
+        "## Use",
+        f"```python\n{code}\n```",
+        "It needs torch and transformers 5; the modelling code is in this folder. On NVIDIA GPUs Triton's kernel computes "
+        "the mLSTM where Triton is installed, else torch does (`kernel` in config.json).",
+    ]
+
+
+def _evaluation(exported: Exported) -> list[str]:
+    student, teacher = exported.measured(exported.place.name), exported.measured("teacher")
+    if student is None or not (student.heldout or student.scores):
+        return ["## Evaluation", "This student was not evaluated."]
+    models = [model for model in (student, teacher) if model is not None]
+    parts = ["## Evaluation"]
+    if student.heldout:
+        parts += [
+            "KL(teacher ‖ student) in nats per token over the whole vocabulary, on held-out text; within, beyond: at "
+            f"positions whose whole context the window of {exported.hybrid.window} reaches, and at the others.",
+            as_markdown(_heldout(student, teacher)),
+        ]
+    if student.scores:
+        parts += _tasks(Results("", models, {}, {}, {}, {}))
+    return parts
+
+
+def _heldout(student: Measured, teacher: Measured | None) -> Table:
+    header = ["source", "KL", "within", "beyond", "same first choice", "perplexity", "teacher's", "tokens"]
+    rows = []
+    for source, values in student.heldout.items():
+        reference = teacher.heldout.get(source, {}) if teacher else {}
+        found = [number(values.get(key), 3) for key in ("kl", "kl_within_window", "kl_beyond_window", "agreement")]
+        found += [number(values.get("perplexity"), 2), number(reference.get("perplexity"), 2)]
+        rows.append([source, *found, f"{values['tokens']:,}" if "tokens" in values else "–"])
+    return header, rows
+
+
+def _tasks(results: Results) -> list[str]:
+    student, teacher = results.students[0], results.teacher
+    lower = results.lower_is_better()
+    try:
+        comparison = results.comparisons().get(student.name)
+    except Mistake:  # the teacher has no usable score on some task
+        comparison = None
+    rows = []
+    for task, score in student.scores.items():
+        other = teacher.scores.get(task) if teacher else None
+        recovery = number(comparison.recovery.get(task), 3) if comparison else "–"
+        items = str(score.get("items", "–"))
+        rows.append([task + (" ↓" if task in lower else ""), score_cell(score), score_cell(other), recovery, items])
+    parts = [
+        "Score ± standard error; recovery: student / teacher; ↓: lower is better, left out of the figures below.",
+        as_markdown((["task", "student", "teacher", "recovery", "items"], rows)),
+    ]
+    if comparison:
+        rates = ", ".join(f"C_{alpha:g} = {number(comparison.win_and_tie(alpha), 3)}" for alpha in ALPHAS)
+        parts.append(
+            f"Mean recovery {number(mean_recovery(comparison), 3)}. Win-and-Tie, the share of the tasks on which the "
+            f"student loses at most α of the teacher's score: {rates}. Critical tolerance, the smallest α at which that "
+            f"is half of them: α* = {number(comparison.critical_tolerance, 3)}."
+        )
+    return parts
+
+
+def _limits(exported: Exported) -> list[str]:
+    hybrid = exported.hybrid
+    formula = inspect.cleandoc(type(hybrid).state_bytes.__doc__ or "").partition("\n\n")[2]
+    return [
+        "## State and limits",
+        f"Reading on takes {hybrid.state_bytes() / 1e6:,.2f} MB per sequence in float32 at any length.",
+        formula,
+        f"Beyond the last {hybrid.window} tokens and the first {hybrid.sinks}, a token is reached only through the "
+        "recurrent state: what must be copied or looked up word for word from farther back is often lost. The state "
+        "cannot be rolled back, so assisted decoding and prompt look-up are refused. What holds for the teacher's "
+        "knowledge, biases and safety holds here, and none of it was examined anew.",
+    ]
+
+
+def _training(exported: Exported) -> list[str]:
+    rows = []
+    for job, manifest in exported.manifests.items():
+        if manifest.stage not in ("align", "distill"):
+            continue
+        stage = "align (Stage I)" if manifest.stage == "align" else f"distil {job.removeprefix('distill-')} (Stage II)"
+        tokens = manifest.facts.get("tokens", manifest.tokens)
+        rows.append([stage, f"{tokens:,}", f"{manifest.facts.get('steps', 0):,}", _outcome(manifest)])
+    parts = ["## Training", as_markdown((["stage", "tokens", "steps", "outcome"], rows))]
+    if weights := exported.facts("merge").get("weights"):
+        parts.append(
+            "Merged with weights " + ", ".join(f"{value:.3g} ({name})" for name, value in weights.items()) + "."
+        )
+    if "align" not in exported.manifests:
+        parts.append("The student from which it was distilled was made elsewhere.")
+    version = exported.manifests[exported.place.job].code
+    made = " ".join(filter(None, [version.get("version", ""), version.get("commit", "")[:12]]))
+    teacher = [[key.replace("_", " "), f"{value or '–'}"] for key, value in exported.teacher.items()]
+    return [*parts, as_markdown((["teacher", ""], teacher)), f"Made with xdl {made}."]
+
+
+def _outcome(manifest: Manifest) -> str:
+    facts = manifest.facts
+    if before := facts.get("error_before"):
+        return f"alignment error {sum(facts['error_after']) / sum(before):.3f} of untrained"
+    start, end = (facts.get("validation", {}).get(when, {}) for when in ("start", "end"))
+    changes = [f"{s} {start[s]['kl']:.3f} → {end[s]['kl']:.3f}" for s in end if "kl" in end[s] and s in start]
+    return f"validation KL {', '.join(changes)}" if changes else "–"
+
+
+def _sources(exported: Exported) -> dict[str, Source]:
+    """The sources that it was trained on; none where the run was given finished shards."""
+    if exported.config.data.shards:
+        return {}
+    mixtures = [exported.config.expert[name].sources for name in exported.experts]
+    aligned = exported.config.data.sources if "align" in exported.manifests else {}
+    return {name: source for mixture in (aligned, *mixtures) for name, source in mixture.items()}
+
+
+def _data(exported: Exported) -> list[str]:
+    if exported.config.data.shards:
+        return ["## Data", "Token shards that were made elsewhere."]
+    header = ["source", "what", "training tokens", "xxh64 of the text", "of the tokens", "share in"]
+    rows = [[name, *_source_cells(exported, name, source)] for name, source in _sources(exported).items()]
+    return ["## Data", as_markdown((header, rows))]
+
+
+def _source_cells(exported: Exported, name: str, source: Source) -> list[str]:
+    files = exported.manifests["fetch"].outputs if "fetch" in exported.manifests else {}
+    text = files.get(f"data/{name}.jsonl", {}).get("xxh64", "–")
+    tokenised = exported.manifests["tokenize"].outputs if "tokenize" in exported.manifests else {}
+    shards = {file: values["xxh64"] for file, values in tokenised.items() if file.startswith(f"{name}/")}
+    tokens = exported.facts("tokenize").get(name, {}).get("train", {}).get("tokens")
+    mixtures = {"align": exported.config.data.sources if "align" in exported.manifests else {}}
+    mixtures |= {expert: exported.config.expert[expert].sources for expert in exported.experts}
+    shares = [f"{stage} {found[name].weight:g}" for stage, found in mixtures.items() if name in found]
+    counted = f"{tokens:,}" if tokens is not None else "–"
+    return [_origin(source), counted, text, hash_value(shards) if shards else "–", ", ".join(shares)]
+
+
+def _origin(source: Source) -> str:
+    """Where a source comes from; of local files only that they are local."""
+    if source.kind == "hub":
+        more = [part for part in (source.subset, source.split, source.revision) if part]
+        return f"[{source.path}](https://huggingface.co/datasets/{source.path}) ({', '.join(more)})"
+    return f"generated ({source.path})" if source.kind == "demo" else f"local {source.kind} files"
+
+
+def _settings(exported: Exported) -> list[str]:
+    hybrid = exported.hybrid
+    chosen = [name for name in inspect.signature(type(hybrid).__init__).parameters if hasattr(hybrid, name)]
+    rows = [[f"`{name}`", f"{getattr(hybrid, name)}"] for name in chosen if name != "base_config"]
+    recorded = {k: v for manifest in exported.manifests.values() for k, v in manifest.identity.items()}
+    trained = [[f"`{k}`", f"{v}"] for k, v in recorded.items() if k.startswith(SETTINGS)]
+    return ["## Settings", as_markdown((["mixer", ""], rows)), as_markdown((["training", ""], trained))]
+
+
+def _licence(exported: Exported) -> list[str]:
+    licence = exported.teacher["license"]
+    weights = f"under the teacher's licence: {licence}" if licence else "made from the teacher's: see its licence"
+    return ["## Licence", f"The weights are {weights}. The modelling code (`*.py`) is under Apache-2.0 (LICENSE-CODE)."]
