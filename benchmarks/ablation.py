@@ -2,11 +2,11 @@
 
     python benchmarks/ablation.py RUN --out FOLDER      # RUN: a run whose `fetch` and `tokenize` are finished (the demo)
 
-Stage I of all variants at once: per batch one pass of the frozen teacher, and in each layer every variant's mixer learns
-the same target from the same q, k, v (the layers are independent, Eq. 12). All start from the specified values and read
-the same sequences; a seed is another draw of training sequences. Then each variant's student, all layers replaced, is
-compared with the teacher on held-out sequences, the same for all seeds. A finished seed stands in `ablation.json`; the
-same command goes on behind it.
+Stage I of all variants at once: per batch one pass of the frozen teacher, and in each layer every variant's mixer
+learns the same target from the same q, k, v (the layers are independent, Eq. 12). All start from the specified values
+and read the same sequences; a seed is another draw of training sequences. Then each variant's student, all layers
+replaced, is compared with the teacher on held-out sequences, the same for all seeds. A finished seed stands in
+`ablation.json`; the same command goes on behind it.
 """
 
 import argparse
@@ -198,7 +198,9 @@ def end_to_end(model: HybridForCausalLM, trainee: Trainee, tokens: Tensor, hidde
     return {"kl": float(every.mean()), "kl_median": float(every.median()), "ppl": math.exp(ce / len(tokens))}
 
 
-def run_seed(model: HybridForCausalLM, seed: int, data: dict[str, Tensor], options: argparse.Namespace) -> dict[str, Any]:
+def run_seed(
+    model: HybridForCausalLM, seed: int, data: dict[str, Tensor], options: argparse.Namespace
+) -> dict[str, Any]:
     """Train all variants on one draw of sequences; the held-out figures by variant."""
     settings = Align(lr=1e-2)
     variants = [v for v in VARIANTS if not options.variants or v.name.strip() in options.variants]
@@ -231,7 +233,8 @@ def load(options: argparse.Namespace) -> tuple[HybridForCausalLM, dict[str, Tens
     jobs = options.run / "jobs"
     for needed in ("fetch", "tokenize"):
         if not (jobs / needed / "manifest.json").exists():
-            sys.exit(f"{options.run}: job {needed} is not finished; run: xdl launch --recipe demo stage=tokenize")
+            print(f"{options.run}: no finished job {needed} there; make demo writes runs/demo", file=sys.stderr)
+            raise SystemExit(2)
     with tempfile.TemporaryDirectory() as folder:
         convert(jobs / "fetch" / "output" / "teacher", Path(folder), window=options.window, sinks=options.sinks)
         model = HybridForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
@@ -251,14 +254,19 @@ def summary(seeds: dict[str, Any]) -> list[dict[str, Any]]:
             row[figure] = statistics.mean(values)
             row[f"{figure}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
             if all(OURS in seed for seed in seeds.values()):
-                row[f"{figure}_to_ours"] = [v - seed[OURS][figure] for v, seed in zip(values, seeds.values(), strict=True)]
+                row[f"{figure}_to_ours"] = [
+                    v - seed[OURS][figure] for v, seed in zip(values, seeds.values(), strict=True)
+                ]
         rows.append(row)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| mixer | E | KL | median KL | perplexity | KL − ours, by seed |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| mixer | E | KL | median KL | perplexity | KL − ours, by seed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         cells = [f"{row[f]:.3f} ± {row[f'{f}_std']:.3f}" for f in ("error", "kl", "kl_median")]
         apart = ", ".join(f"{d:+.3f}" for d in row.get("kl_to_ours", []))
@@ -293,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=96, help="training sequences per seed, one per step")
+    parser.add_argument("--sequences", type=int, default=64, help="training sequences per seed, one per step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=8, help="held-out sequences, over all sources")
     parser.add_argument("--window", type=int, default=16)

@@ -65,7 +65,9 @@ def measure(options: argparse.Namespace, length: int) -> dict[str, float]:
             ours, theirs = statistics.median(times[1]), statistics.median(times[0])
             row |= {f"{scope}/{kind}/attention_ms": theirs, f"{scope}/{kind}/mixer_ms": ours}
             row[f"{scope}/{kind}/ratio"] = ours / theirs
-            print(f"T {length:6} {scope:6} {kind:17} {theirs:9.1f} ms  {ours:9.1f} ms  {ours / theirs:5.2f}×", flush=True)
+            print(
+                f"T {length:6} {scope:6} {kind:17} {theirs:9.1f} ms  {ours:9.1f} ms  {ours / theirs:5.2f}×", flush=True
+            )
     for side in ("attention_core", "mixer_core"):
         row[f"{side}/peak_bytes"] = peak(options, side, length)
     ours, theirs = row["mixer_core/peak_bytes"], row["attention_core/peak_bytes"]

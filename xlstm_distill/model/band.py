@@ -94,7 +94,7 @@ def _blocks(length: int, window: int) -> Iterator[tuple[slice, slice, slice, sli
 
 
 def _band_mask(query: Tensor, window: int) -> Tensor:
-    """[BLOCK, reach + BLOCK]: 0 where a query sees a key, −∞ elsewhere; column c is the key c − reach past the start."""
+    """[BLOCK, reach + BLOCK]: 0 where a query sees a key, −∞ elsewhere; column c is key c − reach from the start."""
     reach = window - 1 + -(window - 1) % ALIGN
     inside = torch.ones(BLOCK, reach + BLOCK, dtype=torch.bool).tril(reach).triu(reach - window + 1)
     return torch.zeros(inside.shape, dtype=query.dtype).masked_fill_(~inside, -torch.inf)
