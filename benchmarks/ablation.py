@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xlstm_distill.contract.files import write_json
+from xlstm_distill.contract.gates import heads_shut
 from xlstm_distill.contract.schema import Align
 from xlstm_distill.data.stream import read_samples
 from xlstm_distill.model import HybridConfig, HybridForCausalLM, convert
@@ -39,14 +40,31 @@ from xlstm_distill.train.optim import make_optimizer, set_learning_rate
 OURS = "mLSTM + window + sinks"
 
 
-class EvictedMixer(HybridMixer):
+class SharingMixer(HybridMixer):
+    """A mixer that takes the window's part, which nothing trains, from the variant that computed it first."""
+
+    windows: dict[int, Tensor] | None = None
+    """The window's part by number of sinks, of one layer and one batch; None: each computes its own."""
+
+    def _window_branch(self, p: Projected, layout: Layout | None, layer: HybridLayerCache | None) -> Tensor:
+        if self.windows is None:
+            return super()._window_branch(p, layout, layer)
+        if self.config.sinks not in self.windows:
+            self.windows[self.config.sinks] = super()._window_branch(p, layout, layer)
+        return self.windows[self.config.sinks]
+
+
+class EvictedMixer(SharingMixer):
     """The state holds only what left the window: position t reads the sums of t − W; o is 0 where nothing has left."""
 
     def mix(self, projected: Projected, layout: Layout | None, layer: HybridLayerCache | None = None) -> Tensor:
         """[B, H, T, D]."""
         above, below = self.evicted(projected)
         windowed = self._window_branch(projected, layout, layer)
-        return torch.lerp(windowed, normalise(above, below), self.share(projected, below))
+        share = self.share(projected, below)
+        if self.gate_hook:
+            self.gate_hook(self.layer_idx, share, None)
+        return torch.lerp(windowed, normalise(above, below), share)
 
     def share(self, projected: Projected, below: Tensor) -> Tensor:
         """The recurrent branch's share [B, H, T, 1]."""
@@ -65,9 +83,11 @@ class EvictedMixer(HybridMixer):
 
 
 class CommonNormaliserMixer(EvictedMixer):
-    """The same under one normaliser: (Σ e^s v + e^u φ(q) S) / (Σ e^s + e^u φ(q) z), u the gate's pre-activation.
+    """The same under one normaliser: (Σ e^(s−m) v + e^u φ(q) S) / (Σ e^(s−m) + e^u φ(q) z), u the gate's pre-activation.
 
-    Computed as the recurrent share σ(u + log φ(q) z − log Σ e^s): the exponentials never appear.
+    s are the scores of window and sinks and m each query's largest (as in LoLCATs): against e^s itself the state would
+    start with a share of 1e-4, and learn next to nothing. Computed as the recurrent share
+    σ(u + log φ(q) z − log Σ e^(s−m)): no exponential appears, and 0 ≤ log Σ e^(s−m) ≤ log(W + sinks).
     """
 
     def share(self, projected: Projected, below: Tensor) -> Tensor:
@@ -76,7 +96,8 @@ class CommonNormaliserMixer(EvictedMixer):
         index = torch.arange(scores.shape[-1])
         distance = index[:, None] - index
         seen = (distance >= 0) & ((distance < self.window) | (index < self.config.sinks))
-        mass = scores.masked_fill(~seen, -math.inf).logsumexp(-1, keepdim=True)
+        scores = scores.masked_fill(~seen, -math.inf)
+        mass = scores.logsumexp(-1, keepdim=True) - scores.amax(-1, keepdim=True)
         logit = self.output_gate(projected.query, projected.key, projected.value)
         return torch.sigmoid(logit + below.clamp_min(1e-30).log() - mass).masked_fill(below <= 0, 0.0)
 
@@ -89,7 +110,7 @@ class Variant:
     choices: dict[str, Any] = field(default_factory=dict)
     """Fields of `HybridConfig`."""
     lr: float = 1e-2
-    mixer: type[HybridMixer] = HybridMixer
+    mixer: type[SharingMixer] = SharingMixer
     trained: bool = True
 
 
@@ -128,14 +149,29 @@ class Trainee:
         self.optimizer = make_optimizer({variant.lr: self.new}, settings)
         self.errors = torch.zeros(len(self.layers))
         """Σ‖h − ĥ‖² per layer since the last reset."""
+        self.gates: dict[int, list[Tensor]] = {}
+        """Mean output gate of each head [H] of every held-out sequence, by layer; empty where there is no gate."""
 
-    def learn(self, layer: int, projected: Projected, target: Tensor, *, train: bool) -> None:
-        """Forward and, in training, backward of one layer."""
+    def learn(
+        self, layer: int, projected: Projected, target: Tensor, windows: dict[int, Tensor], *, train: bool
+    ) -> None:
+        """Forward and, in training, backward of one layer; `windows`: see `SharingMixer`."""
+        mixer = self.mixers[layer]
+        mixer.windows, mixer.gate_hook = windows, None if train else self._record
         with torch.set_grad_enabled(train):
-            error = (target - self.mixers[layer].mix(projected, None)).square().sum()
+            error = (target - mixer.mix(projected, None)).square().sum()
             if train:
                 (error / target.square().sum()).backward()
+        mixer.windows = mixer.gate_hook = None
         self.errors[layer] += error.detach()
+
+    def _record(self, layer: int, gate: Tensor, real: Tensor | None) -> None:
+        self.gates.setdefault(layer, []).append(gate.mean((0, 2, 3)))
+
+    def shut(self) -> int | None:
+        """Heads whose mean output gate on the held-out sequences leaves one branch out; None without a gate."""
+        means = [torch.stack(rows).mean(0).tolist() for _, rows in sorted(self.gates.items())]
+        return len(heads_shut(means)) if means else None
 
     def step(self, step: int, steps: int) -> None:
         """One step of AdamW, each layer's gradient clipped by itself."""
@@ -160,9 +196,10 @@ class TeacherPass:
         """The teacher's h [B, H, T, D]."""
         projected, target = projected.detach(), teacher_attention(mixer, projected, layout)
         self.norms[mixer.layer_idx] += target.square().sum()
+        windows: dict[int, Tensor] = {}
         for trainee in self.trainees:
             if trainee.variant.trained or not self.train:
-                trainee.learn(mixer.layer_idx, projected, target, train=self.train)
+                trainee.learn(mixer.layer_idx, projected, target, windows, train=self.train)
         return target
 
     @torch.no_grad()
@@ -206,7 +243,8 @@ def run_seed(
     variants = [v for v in VARIANTS if not options.variants or v.name.strip() in options.variants]
     trainees = [Trainee(variant, model, settings) for variant in variants]
     teacher = TeacherPass(model, trainees)
-    order = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(seed))[: options.sequences]
+    mixed = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(0))
+    order = mixed[seed * options.sequences : (seed + 1) * options.sequences]  # no sequence in two seeds
     start = time.monotonic()
     for step, number in enumerate(order.tolist()):
         teacher.run(data["train"][number][None, :-1], train=True)
@@ -223,7 +261,8 @@ def run_seed(
     for trainee in trainees:
         name = trainee.variant.name
         figures = end_to_end(model, trainee, data["held_out"], hidden)
-        results[name] = {"error": statistics.mean(errors[name]), "error_by_layer": errors[name], **figures}
+        of_layers = {"error": statistics.mean(errors[name]), "error_by_layer": errors[name]}
+        results[name] = of_layers | {"heads_shut": trainee.shut(), **figures}
         print(f"seed {seed}: {name:34} E {results[name]['error']:.4f}  KL {figures['kl']:.4f}", flush=True)
     return results
 
@@ -248,7 +287,7 @@ def summary(seeds: dict[str, Any]) -> list[dict[str, Any]]:
     """Per variant mean and standard deviation over seeds of E, KL and median KL, and the difference to ours by seed."""
     rows = []
     for name in next(iter(seeds.values())):
-        row: dict[str, Any] = {"name": name}
+        row: dict[str, Any] = {"name": name, "heads_shut": [seed[name]["heads_shut"] for seed in seeds.values()]}
         for figure in ("error", "kl", "kl_median", "ppl"):
             values = [seed[name][figure] for seed in seeds.values()]
             row[figure] = statistics.mean(values)
@@ -263,14 +302,12 @@ def summary(seeds: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| mixer | E | KL | median KL | perplexity | KL − ours, by seed |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["| mixer | E | KL | median KL | perplexity | KL − ours, by seed | shut |", "| --- " * 7 + "|"]
     for row in rows:
         cells = [f"{row[f]:.3f} ± {row[f'{f}_std']:.3f}" for f in ("error", "kl", "kl_median")]
         apart = ", ".join(f"{d:+.3f}" for d in row.get("kl_to_ours", []))
-        lines.append(f"| {row['name'].strip()} | {' | '.join(cells)} | {row['ppl']:.2f} | {apart} |")
+        shut = ", ".join("" if n is None else str(n) for n in row["heads_shut"]).strip(", ")
+        lines.append(f"| {row['name'].strip()} | {' | '.join(cells)} | {row['ppl']:.2f} | {apart} | {shut} |")
     return "\n".join(lines) + "\n"
 
 
@@ -281,6 +318,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = sorted(rows, key=lambda row: row["error"])
     names = [row["name"].strip() for row in rows][::-1]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.34 * len(rows) + 1.2), sharey=True, layout="constrained")
     for axis, key, title in zip(
@@ -301,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=64, help="training sequences per seed, one per step")
+    parser.add_argument("--sequences", type=int, default=48, help="training sequences per seed, one per step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=8, help="held-out sequences, over all sources")
     parser.add_argument("--window", type=int, default=16)
@@ -314,7 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     place = options.out / "ablation.json"
     settings = {n: getattr(options, n) for n in ("sequences", "held_out", "window", "sinks", "variants")}
-    settings |= {"run": str(options.run), "align": asdict(Align(lr=1e-2))}
+    described = {v.name: f"{v.mixer.__name__} {v.choices} lr {v.lr}" for v in VARIANTS}
+    settings |= {"run": str(options.run), "align": asdict(Align(lr=1e-2)), "choices": described}
     result = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {"settings": settings, "seeds": {}}
     if result["settings"] != settings:
         changed = sorted(k for k in settings if settings[k] != result["settings"].get(k))
@@ -322,6 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [seed for seed in range(options.seeds) if str(seed) not in result["seeds"]]
     if missing:
         model, data = load(options)
+        if len(data["train"]) < options.seeds * options.sequences:
+            parser.error(f"{options.run} has {len(data['train'])} training sequences, too few for the seeds; lower one")
         for seed in missing:
             result["seeds"][str(seed)] = run_seed(model, seed, data, options)
             write_json(place, result)

@@ -18,8 +18,9 @@ from xlstm_distill.contract.files import folder_atomic, write_json
 from xlstm_distill.contract.job import code_version
 from xlstm_distill.contract.manifest import Manifest, outputs_of, read_manifest, verify_outputs
 from xlstm_distill.contract.schema import Config
-from xlstm_distill.evaluate.card import Exported, model_card
+from xlstm_distill.evaluate.card import model_card
 from xlstm_distill.evaluate.collect import read_config
+from xlstm_distill.evaluate.exported import Exported
 from xlstm_distill.evaluate.models import ModelPlace, model_places
 from xlstm_distill.merge import ModelFolder
 
@@ -141,16 +142,14 @@ def copy_student(student: Student, destination: Path) -> None:
         Mistake: a copy has not the hash that the manifest gives.
     """
     source, manifest = student.place.folder, student.manifest
-    for file in source.iterdir():
-        if file.is_file() and not file.name.startswith("."):
-            shutil.copyfile(file, destination / file.name)
-    own = {
-        Path(name).name: values for name, values in manifest.outputs.items() if Path(name).parent.name == source.name
-    }
+    prefix = f"{source.name}/"
+    own = {name.removeprefix(prefix): file for name, file in manifest.outputs.items() if name.startswith(prefix)}
+    for name in own:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, destination / name)
     if wrong := verify_outputs(replace(manifest, outputs=own), destination, deep=True):
-        raise Mistake(
-            f"export: {student.place.name}: {wrong}; remove the manifest.json of {manifest.job} and launch again"
-        )
+        found = wrong.replace(str(destination), str(source))
+        raise Mistake(f"export: {found}; remove the manifest.json of {manifest.job} and launch again")
     for name in REWRITTEN:
         if (destination / name).is_file():
             _rewrite(destination / name, {"auto_map": AUTO_MAP} if name == "config.json" else {})
@@ -186,18 +185,18 @@ def copy_code(destination: Path) -> None:
 
 
 def licence_text() -> str:
-    """The licence of this package, from the checkout or the installed wheel.
+    """The licence of this package, from its installation or the checkout.
 
     Raises:
         Mistake: neither has it.
     """
-    checkout = Path(__file__).parents[1] / "LICENSE"
-    if checkout.is_file():
-        return checkout.read_text(encoding="utf-8")
     try:
         text = distribution("xdl").read_text("licenses/LICENSE")
     except PackageNotFoundError:
         text = None
+    checkout = Path(__file__).parents[1] / "LICENSE"
+    if not text and checkout.is_file():
+        text = checkout.read_text(encoding="utf-8")
     if not text:
         raise Mistake("export: the licence of xdl is missing from its installation; install xdl again")
     return text

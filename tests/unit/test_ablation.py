@@ -56,7 +56,7 @@ def test_the_state_holds_only_what_left_the_window(tmp_path, kind):
         for t in (0, 4, 5, 6, 29):
             seen = [s for s in range(t + 1) if t - s < 5 or s < 2]
             scores = p.rotated_query[0, head, t].double() @ p.rotated_key[0, group, seen].double().T
-            weights = (scores / mixer.head_dim**0.5).exp()
+            weights = ((scores - scores.max()) / mixer.head_dim**0.5).exp()
             local = weights @ p.value[0, group, seen].double()
             above, below = state_of_the_evicted(mixer, p, head, t)
             if kind is ablation.CommonNormaliserMixer:

@@ -142,6 +142,20 @@ def test_the_mask_of_flex_attention_is_the_same(kind, window, sinks):
         assert found.expand(40, 40).equal(wanted[row])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", [None, "padding", "one row of documents", "both"])
+def test_flex_attention_under_its_mask_gives_the_same(kind, monkeypatch):
+    """Not compiled: the CPU has no kernel for it."""
+    from xlstm_distill.model import flex
+
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    layout = layouts()[kind] if kind else None
+    tensors = [x.float() for x in draw(40)]
+    found = flex.flex_window(*tensors, 5, 2, layout)
+    real = layout.real[:, None, :, None] if layout else True
+    torch.testing.assert_close(found * real, window_attention(*tensors, 5, 2, layout) * real, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_what_is_kept_for_the_backward_pass_is_linear_in_the_length(padded):
     def kept(length):

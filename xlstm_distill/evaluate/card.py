@@ -1,27 +1,21 @@
 """The model card of an exported student, made from what the run recorded. Nothing of the machine stands in it."""
 
 import inspect
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import hash_value
-from xlstm_distill.contract.manifest import Manifest, read_manifest
-from xlstm_distill.contract.schema import Config, Source
-from xlstm_distill.evaluate.collect import Measured, Results, collect
-from xlstm_distill.evaluate.models import ModelPlace, model_places
+from xlstm_distill.contract.manifest import Manifest
+from xlstm_distill.contract.schema import Source
+from xlstm_distill.evaluate.collect import Measured, Results
+from xlstm_distill.evaluate.exported import Exported
 from xlstm_distill.evaluate.tables import Table, as_markdown, mean_recovery, number, score_cell
-from xlstm_distill.merge import Entry
 
 if TYPE_CHECKING:
-    from xlstm_distill.model import HybridConfig
+    pass
 
 HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "Llama 3.1 Community License": "llama3.1"}
 """Our names of licences → the hub's."""
@@ -30,80 +24,6 @@ ALPHAS = (0.0, 0.05, 0.1)
 """Tolerances at which the card gives the Win-and-Tie rate."""
 SETTINGS = ("align.", "distill.", "merge.", "cache.", "seed", "data.sequence")
 """Starts of the settings that the card lists: no paths among them; the student's own stand in its configuration."""
-
-
-@dataclass(frozen=True)
-class Exported:
-    """One finished student, and what its run recorded of it."""
-
-    run: Path
-    config: Config
-    place: ModelPlace
-    hybrid: "HybridConfig"
-    entries: list[Entry]
-    """Its tensors."""
-
-    @cached_property
-    def manifests(self) -> dict[str, Manifest]:
-        """Job → manifest of everything that this student was made from, in order. One that was made again since is
-        left out: it is not what the student was made from."""
-        found: dict[str, Manifest] = {}
-        pending: list[tuple[str, str | None]] = [(self.place.job, None)]
-        while pending:
-            job, digest = pending.pop()
-            manifest = read_manifest(self.run / "jobs" / job / "manifest.json")
-            if job not in found and manifest is not None and digest in (None, manifest.digest):
-                found[job] = manifest
-                pending += manifest.inputs.items()
-        return dict(sorted(found.items(), key=lambda item: item[1].finished))
-
-    @property
-    def teacher(self) -> dict[str, Any]:
-        """Name, place (no path of this machine), revision and hashes of the teacher."""
-        teacher = self.config.teacher
-        fetched = self.facts("fetch").get("teacher", {})
-        where = {"hub": teacher.path, "wheel": f"Python package {teacher.path}"}.get(teacher.source, "a local folder")
-        return {
-            "name": teacher.name,
-            "from": where + (f", {teacher.gguf_file}" if teacher.gguf_file else ""),
-            "revision": fetched.get("revision", "") or teacher.revision,
-            "weights_xxh64": fetched.get("weights", ""),
-            "tokenizer_xxh64": fetched.get("tokenizer", ""),
-            "license": fetched.get("license", "") or teacher.license,
-        }
-
-    @property
-    def experts(self) -> list[str]:
-        """Experts that it was made from."""
-        return [name for name in self.config.experts if f"distill-{name}" in self.manifests]
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters; a tensor that is shared counts once."""
-        return sum(math.prod(entry.shape) for entry in self.entries)
-
-    @property
-    def dtype(self) -> str:
-        """Types of the stored tensors, as safetensors names them."""
-        return ", ".join(sorted({entry.dtype for entry in self.entries}))
-
-    @cached_property
-    def results(self) -> Results:
-        """What the run measured on these very models."""
-        return collect(self.run)
-
-    def measured(self, name: str) -> Measured | None:
-        """What was measured on a model of the run as it stands now, or None."""
-        place = model_places(self.run / "jobs", self.config)[name]
-        piece = read_manifest(self.run / "jobs" / "eval" / "pieces" / f"{name}.json")
-        current = read_manifest(self.run / "jobs" / place.job / "manifest.json") if place.job else None
-        if piece is None or current is None or piece.inputs.get(place.job) != current.digest:
-            return None
-        return next((model for model in self.results.models if model.name == name), None)
-
-    def facts(self, job: str) -> Mapping[str, Any]:
-        """Facts of a job that it was made from."""
-        return self.manifests[job].facts if job in self.manifests else {}
 
 
 def model_card(exported: Exported) -> str:
@@ -132,7 +52,7 @@ def _front_matter(exported: Exported) -> str:
         fields["base_model"] = teacher.path
         if name not in HUB_LICENCES:
             fields["license_link"] = f"https://huggingface.co/{teacher.path}"
-    if hubs := sorted({source.path for source in _sources(exported).values() if source.kind == "hub"}):
+    if hubs := sorted({source.path for source in exported.sources.values() if source.kind == "hub"}):
         fields["datasets"] = hubs
     fields |= {
         "library_name": "transformers",
@@ -152,8 +72,8 @@ def _introduction(exported: Exported) -> list[str]:
     return [
         f"# {teacher.name} as a hybrid xLSTM",
         f"{linked}, distilled: in every layer an mLSTM beside a sliding window of {hybrid.window} tokens and "
-        f"{hybrid.sinks} attention sinks stands in the place of attention, after {PAPER} (Hauzenberger et al.). Its time "
-        f"is linear in the length of the input and its memory constant while it writes. This is {kind}; "
+        f"{hybrid.sinks} attention sinks stands in the place of attention, after {PAPER} (Hauzenberger et al.). "
+        f"Its time is linear in the length of the input and its memory constant while it writes. This is {kind}; "
         f"{exported.parameters / 1e6:,.1f} M parameters, stored as {exported.dtype}.",
     ]
 
@@ -178,8 +98,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))"""
     return [
         "## Use",
         f"```python\n{code}\n```",
-        "It needs torch and transformers 5; the modelling code is in this folder. On NVIDIA GPUs Triton's kernel computes "
-        "the mLSTM where Triton is installed, else torch does (`kernel` in config.json).",
+        "It needs torch and transformers 5; the modelling code lies in this folder. On GPUs with Triton its kernel "
+        "computes the mLSTM, else torch does (`kernel` in config.json).",
     ]
 
 
@@ -232,8 +152,8 @@ def _tasks(results: Results) -> list[str]:
         rates = ", ".join(f"C_{alpha:g} = {number(comparison.win_and_tie(alpha), 3)}" for alpha in ALPHAS)
         parts.append(
             f"Mean recovery {number(mean_recovery(comparison), 3)}. Win-and-Tie, the share of the tasks on which the "
-            f"student loses at most α of the teacher's score: {rates}. Critical tolerance, the smallest α at which that "
-            f"is half of them: α* = {number(comparison.critical_tolerance, 3)}."
+            f"student loses at most α of the teacher's score: {rates}. Critical tolerance, the smallest α at which "
+            f"that is half of them: α* = {number(comparison.critical_tolerance, 3)}."
         )
     return parts
 
@@ -243,10 +163,10 @@ def _limits(exported: Exported) -> list[str]:
     formula = inspect.cleandoc(type(hybrid).state_bytes.__doc__ or "").partition("\n\n")[2]
     return [
         "## State and limits",
-        f"Reading on takes {hybrid.state_bytes() / 1e6:,.2f} MB per sequence in float32 at any length.",
+        f"The state of one sequence takes {hybrid.state_bytes() / 1e6:,.2f} MB in float32, whatever its length.",
         formula,
         f"Beyond the last {hybrid.window} tokens and the first {hybrid.sinks}, a token is reached only through the "
-        "recurrent state: what must be copied or looked up word for word from farther back is often lost. The state "
+        "recurrent state: what has to be copied or looked up word for word from farther back is often lost. The state "
         "cannot be rolled back, so assisted decoding and prompt look-up are refused. What holds for the teacher's "
         "knowledge, biases and safety holds here, and none of it was examined anew.",
     ]
@@ -282,32 +202,20 @@ def _outcome(manifest: Manifest) -> str:
     return f"validation KL {', '.join(changes)}" if changes else "–"
 
 
-def _sources(exported: Exported) -> dict[str, Source]:
-    """The sources that it was trained on; none where the run was given finished shards."""
-    if exported.config.data.shards:
-        return {}
-    mixtures = [exported.config.expert[name].sources for name in exported.experts]
-    aligned = exported.config.data.sources if "align" in exported.manifests else {}
-    return {name: source for mixture in (aligned, *mixtures) for name, source in mixture.items()}
-
-
 def _data(exported: Exported) -> list[str]:
     if exported.config.data.shards:
         return ["## Data", "Token shards that were made elsewhere."]
     header = ["source", "what", "training tokens", "xxh64 of the text", "of the tokens", "share in"]
-    rows = [[name, *_source_cells(exported, name, source)] for name, source in _sources(exported).items()]
+    rows = [[name, *_source_cells(exported, name, source)] for name, source in exported.sources.items()]
     return ["## Data", as_markdown((header, rows))]
 
 
 def _source_cells(exported: Exported, name: str, source: Source) -> list[str]:
-    files = exported.manifests["fetch"].outputs if "fetch" in exported.manifests else {}
-    text = files.get(f"data/{name}.jsonl", {}).get("xxh64", "–")
-    tokenised = exported.manifests["tokenize"].outputs if "tokenize" in exported.manifests else {}
-    shards = {file: values["xxh64"] for file, values in tokenised.items() if file.startswith(f"{name}/")}
+    text = exported.outputs("fetch").get(f"data/{name}.jsonl", {}).get("xxh64", "–")
+    tokenised = exported.outputs("tokenize").items()
+    shards = {file: values["xxh64"] for file, values in tokenised if file.startswith(f"{name}/")}
     tokens = exported.facts("tokenize").get(name, {}).get("train", {}).get("tokens")
-    mixtures = {"align": exported.config.data.sources if "align" in exported.manifests else {}}
-    mixtures |= {expert: exported.config.expert[expert].sources for expert in exported.experts}
-    shares = [f"{stage} {found[name].weight:g}" for stage, found in mixtures.items() if name in found]
+    shares = [f"{stage} {found[name].weight:g}" for stage, found in exported.mixtures.items() if name in found]
     counted = f"{tokens:,}" if tokens is not None else "–"
     return [_origin(source), counted, text, hash_value(shards) if shards else "–", ", ".join(shares)]
 

@@ -25,7 +25,7 @@ def flex_window(query: Tensor, key: Tensor, value: Tensor, window: int, sinks: i
     if layout is None:
         mask = _plain_mask(query.shape[2], window, sinks, str(query.device))
     else:
-        mask = window_mask(layout.position, window, sinks)
+        mask = window_mask(layout.position.expand(len(query), -1), window, sinks)
     return _compiled()(query, key, value, block_mask=mask)
 
 
