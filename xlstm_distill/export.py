@@ -26,6 +26,8 @@ from xlstm_distill.merge import ModelFolder
 
 AUTO_MAP = {"AutoConfig": "configuration.HybridConfig", "AutoModelForCausalLM": "modeling.HybridForCausalLM"}
 """Auto class → file.class. There is no AutoModel: the decoder without its head is the teacher's own class."""
+NOT_STUDENTS = ("teacher", "window")
+"""Models of a run that are not exported: the second is a student with a branch switched off, for comparison."""
 CODE = Path(__file__).parent / "model"
 SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
 MACHINE_KEYS = ("name_or_path", "tokenizer_file", "is_local", "local_files_only")
@@ -47,7 +49,7 @@ def finished_students(run: Path, config: Config) -> dict[str, Student]:
     found = {}
     for name, place in model_places(run / "jobs", config).items():
         manifest = read_manifest(run / "jobs" / place.job / "manifest.json") if place.job else None
-        if manifest is not None and name not in ("teacher", "window"):
+        if manifest is not None and name not in NOT_STUDENTS:
             found[name] = Student(place, manifest)
     return found
 
@@ -64,8 +66,9 @@ def choose_student(run: Path, config: Config, name: str = "") -> Student:
     if not name:
         name = "merged" if "merged" in students else max(students, key=lambda n: students[n].manifest.finished)
     if name not in students:
-        known = name in model_places(run / "jobs", config) and name not in ("teacher", "window")
-        what = "is not finished" if known else "is no student of this run"
+        places = model_places(run / "jobs", config)
+        known = name in places and bool(places[name].job) and name not in NOT_STUDENTS
+        what = "is not finished" if known else "is no student that this run makes"
         raise Mistake(f"--model {name}: {what}; finished: {', '.join(students)}")
     student = students[name]
     if wrong := verify_outputs(student.manifest, student.place.folder.parent):

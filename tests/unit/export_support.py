@@ -1,4 +1,4 @@
-"""A finished run with a tiny student to export, and an environment that has torch and transformers and nothing of ours."""
+"""A finished run with a tiny student to export, and an environment with torch, transformers and nothing of ours."""
 
 import os
 import re

@@ -21,7 +21,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("launch", "status", "logs", "config", "report", "generate", "doctor"):
+    for command in ("launch", "status", "logs", "config", "report", "generate", "export", "doctor"):
         assert f"  {command} " in text
 
 

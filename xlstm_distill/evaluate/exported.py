@@ -30,17 +30,20 @@ class Exported:
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:
-        """Job → manifest of everything that this student was made from, in order. One that was made again since is
+        """Job → manifest of everything that this student was made from, inputs first. One that was made again since is
         left out: it is not what the student was made from."""
         found: dict[str, Manifest] = {}
-        pending: list[tuple[str, str | None]] = [(self.place.job, None)]
-        while pending:
-            job, digest = pending.pop()
+
+        def add(job: str, digest: str | None) -> None:
             manifest = read_manifest(self.run / "jobs" / job / "manifest.json")
-            if job not in found and manifest is not None and digest in (None, manifest.digest):
-                found[job] = manifest
-                pending += manifest.inputs.items()
-        return dict(sorted(found.items(), key=lambda item: item[1].finished))
+            if job in found or manifest is None or digest not in (None, manifest.digest):
+                return
+            for name, expected in manifest.inputs.items():
+                add(name, expected)
+            found[job] = manifest
+
+        add(self.place.job, None)
+        return found
 
     @property
     def teacher(self) -> dict[str, Any]:
