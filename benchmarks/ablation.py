@@ -1,10 +1,10 @@
 """What each part of the student is worth: alignment error and end-to-end KL at equal budgets, over seeds.
 
-    python benchmarks/ablation.py RUN --out FOLDER      # RUN: a run whose `fetch` and `tokenize` are finished (the demo)
+    python benchmarks/ablation.py RUN --out FOLDER     # RUN: a run whose fetch and tokenize are finished, as the demo's
 
 Stage I of all variants at once: per batch one pass of the frozen teacher, and in each layer every variant's mixer
-learns the same target from the same q, k, v (the layers are independent, Eq. 12). All start from the specified values
-and read the same sequences; a seed is another draw of training sequences. Then each variant's student, all layers
+learns the same target from the same q, k, v (layers are independent, Eq. 12). All start from the specified values and
+read the same sequences; a seed is another draw of training sequences. Then each variant's student, all layers
 replaced, is compared with the teacher on held-out sequences, the same for all seeds. A finished seed stands in
 `ablation.json`; the same command goes on behind it.
 """
@@ -83,11 +83,11 @@ class EvictedMixer(SharingMixer):
 
 
 class CommonNormaliserMixer(EvictedMixer):
-    """The same under one normaliser: (Σ e^(s−m) v + e^u φ(q) S) / (Σ e^(s−m) + e^u φ(q) z), u the gate's pre-activation.
+    """The same under one normaliser: (Σ e^(s−m) v + e^u φ(q) S) / (Σ e^(s−m) + e^u φ(q) z), u before the gate's sigmoid.
 
-    s are the scores of window and sinks and m each query's largest (as in LoLCATs): against e^s itself the state would
-    start with a share of 1e-4, and learn next to nothing. Computed as the recurrent share
-    σ(u + log φ(q) z − log Σ e^(s−m)): no exponential appears, and 0 ≤ log Σ e^(s−m) ≤ log(W + sinks).
+    s are the scores of window and sinks and m each query's largest: against e^s itself the state would start with a
+    share of 1e-4, and learn next to nothing. Computed as the recurrent share σ(u + log φ(q) z − log Σ e^(s−m)): no
+    exponential appears, and 0 ≤ log Σ e^(s−m) ≤ log(W + sinks).
     """
 
     def share(self, projected: Projected, below: Tensor) -> Tensor:
