@@ -83,7 +83,7 @@ class EvictedMixer(SharingMixer):
 
 
 class CommonNormaliserMixer(EvictedMixer):
-    """The same under one normaliser: (Σ e^(s−m) v + e^u φ(q) S) / (Σ e^(s−m) + e^u φ(q) z), u before the gate's sigmoid.
+    """The same under one normaliser: (Σ e^(s−m) v + e^u φ(q) S) / (Σ e^(s−m) + e^u φ(q) z), u the gate's logit.
 
     s are the scores of window and sinks and m each query's largest: against e^s itself the state would start with a
     share of 1e-4, and learn next to nothing. Computed as the recurrent share σ(u + log φ(q) z − log Σ e^(s−m)): no
@@ -129,8 +129,8 @@ VARIANTS = (
     Variant("  o from x", {"gate_input": "hidden"}),
     Variant("  o from q, k after RoPE", {"gate_input": "qkv_rotated"}),
     Variant("  i = f = 1", {"use_gates": False}),
-    Variant("  state of what left the window", mixer=EvictedMixer),
-    Variant("  the same, one normaliser", mixer=CommonNormaliserMixer),
+    Variant("  state: only what left the window", mixer=EvictedMixer),
+    Variant("  left the window, one normaliser", mixer=CommonNormaliserMixer),
 )
 
 
