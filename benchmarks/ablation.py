@@ -1,6 +1,6 @@
 """What each part of the student is worth: alignment error and end-to-end KL at equal budgets, over seeds.
 
-    python benchmarks/ablation.py RUN --out FOLDER     # RUN: a run whose fetch and tokenize are finished, as the demo's
+    python benchmarks/ablation.py [RUN] [--out FOLDER]   # RUN: one whose fetch and tokenize are finished, as the demo's
 
 Stage I of all variants at once: per batch one pass of the frozen teacher, and in each layer every variant's mixer
 learns the same target from the same q, k, v (layers are independent, Eq. 12). All start from the specified values and
@@ -337,8 +337,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/ablation"))
     parser.add_argument("--sequences", type=int, default=48, help="training sequences per seed, one per step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=8, help="held-out sequences, over all sources")

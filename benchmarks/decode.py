@@ -1,8 +1,8 @@
 """Reading and writing speed, and the state they need: a teacher against its student, in turn in one run.
 
-    python benchmarks/decode.py TEACHER [--student FOLDER] [--json out.json]
+    python benchmarks/decode.py [TEACHER] [--student FOLDER] [--json out.json]
 
-TEACHER is a Hugging Face folder (a run's `jobs/fetch/output/teacher`), the student by default its conversion with
+TEACHER is a Hugging Face folder, by default the demo's (after `make demo`), the student by default its conversion with
 W = 512 and 4 sinks: training changes the weights, not the work. Prefill is measured up to 8192 tokens; decoding beyond
 that reads caches of random values. The teacher's cache is transformers' default (`DynamicCache`).
 """
@@ -27,7 +27,7 @@ DECODE = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 def main() -> None:
     """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", type=Path)
+    parser.add_argument("teacher", type=Path, nargs="?", default=Path("runs/demo/jobs/fetch/output/teacher"))
     parser.add_argument("--student", type=Path)
     parser.add_argument("--prefill", type=int, nargs="*", default=PREFILL)
     parser.add_argument("--decode", type=int, nargs="*", default=DECODE)
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not (options.teacher / "config.json").exists():
+        parser.error(f"{options.teacher}: no model there; make demo fetches one")
     models = load(options)
     result = {"threads": torch.get_num_threads(), "prefill": [], "decode": []}
     with torch.inference_mode():
