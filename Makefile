@@ -35,6 +35,7 @@ demo: install
 test: install
 	$(PYTEST) -n 2 -m 'not dist and not gpu' tests
 	$(PYTEST) -m 'dist and not gpu' tests
+	$(if $(GPU),$(PYTEST) -m gpu tests/gpu)
 
 test-fast: install
 	$(PYTEST) -n 2 -m 'not slow and not dist and not gpu' tests
@@ -45,7 +46,7 @@ check: install
 	$(BIN)/mypy
 
 bench: install
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/ablation.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -91,8 +91,8 @@ def _student(config: Config) -> Iterator[str]:
     student, teacher = config.student, config.teacher
     yield from _at_least(1, student__window=student.window, student__chunk=student.chunk)
     yield from _at_least(0, student__sinks=student.sinks)
-    if not 0 < student.input_gate_soft_cap <= 60:
-        yield f"student.input_gate_soft_cap={student.input_gate_soft_cap}: expected more than 0, at most 60"
+    if not 0 < student.input_gate_soft_cap <= 40:
+        yield f"student.input_gate_soft_cap={student.input_gate_soft_cap}: expected more than 0, at most 40"
     if teacher.num_key_value_heads and teacher.num_attention_heads % teacher.num_key_value_heads:
         yield (
             f"teacher.num_key_value_heads={teacher.num_key_value_heads}: "

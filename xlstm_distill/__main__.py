@@ -34,7 +34,21 @@ def main(arguments: list[str]) -> int:
     redirect()
     from xlstm_distill.stages import main as run
 
-    return run(arguments)
+    code = run(arguments)
+    leave(code)
+    return code
+
+
+def leave(code: int) -> None:
+    """End this process at once where a process group still stands, as after a stop.
+
+    Its threads abort the interpreter's shutdown (SIGABRT in place of `code`) when a peer is gone first.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _command(module: str, arguments: list[str]) -> int:

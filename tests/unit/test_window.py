@@ -134,12 +134,41 @@ def test_the_mask_of_flex_attention_is_the_same(kind, window, sinks):
     from xlstm_distill.model import flex
 
     layout = layouts()[kind] if kind else None
-    mask = flex.window_mask(layout.position, window, sinks) if kind else flex._plain_mask(40, window, sinks, "cpu")
+    mask = (
+        flex.window_mask(layout.position, window, sinks)
+        if kind
+        else flex._plain_mask(40, window, sinks, torch.device("cpu"))
+    )
     pairs = torch.arange(40)
     wanted = allowed(40, window, sinks, layout)
     for row in range(len(wanted)):
         found = mask.mask_mod(torch.tensor(row), torch.tensor(0), pairs[:, None], pairs[None, :])
         assert found.expand(40, 40).equal(wanted[row])
+
+
+@pytest.mark.parametrize("kind", ["plain", "padding", "documents", "both"])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (1, 3), (64, 4), (129, 0), (512, 4), (5000, 2)])
+def test_the_blocks_that_flex_attention_visits_hold_every_pair_that_is_seen(kind, window, sinks):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from xlstm_distill.model import flex
+
+    length = 1000
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, :300] = mask[1, 850:] = 0
+    documents = (torch.arange(length) // 210)[None].expand(2, -1)
+    layout = make_layout(None if kind == "documents" else mask, documents if kind != "padding" else None, length)
+    if kind == "plain":
+        found = flex._plain_mask(length, window, sinks, torch.device("cpu"))
+    else:
+        found = flex.window_mask(layout.position, window, sinks)
+    wanted = create_block_mask(found.mask_mod, len(found.kv_num_blocks), None, length, length, device="cpu").to_dense()
+    visited = found.to_dense()
+    assert ((wanted > 0) & (visited == 0)).sum() == 0
+    if kind == "plain":
+        assert visited.equal(wanted)  # and not one more
+    elif window < 200:
+        assert visited.sum() < 0.7 * torch.ones_like(visited).tril().sum()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -56,10 +56,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Student:
-    """The hybrid xLSTM (paper §2, §3.1; defaults of §9)."""
+    """The hybrid xLSTM (paper §2, §3.1; what these leave open is our choice)."""
 
     init_from: str = ""
-    """Folder of a converted or aligned student to start Stage II from instead of the `align` job's output."""
+    """Folder of a converted or aligned student to start Stage II from instead of the `align` job's output; it
+    keeps the choices it was made with."""
     window: int = 512
     """Positions of the sliding window, the current one included."""
     sinks: int = 4

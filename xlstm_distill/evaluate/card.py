@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -13,9 +13,6 @@ from xlstm_distill.contract.schema import Source
 from xlstm_distill.evaluate.collect import Measured, Results
 from xlstm_distill.evaluate.exported import Exported
 from xlstm_distill.evaluate.tables import Table, as_markdown, mean_recovery, number, score_cell
-
-if TYPE_CHECKING:
-    pass
 
 HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "Llama 3.1 Community License": "llama3.1"}
 """Our names of licences → the hub's."""

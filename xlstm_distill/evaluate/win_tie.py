@@ -1,4 +1,4 @@
-"""Win-and-Tie: how much a student may lose before it stops matching its teacher. Pure; paper §5, our ties of §9.
+"""Win-and-Tie: how much a student may lose before it stops matching its teacher. Pure; paper §5, the ties are ours.
 
     drop_b  = max(0, 1 − A_S(b) / A_T(b))          A_S, A_T: score of student and teacher on benchmark b
     tie     ⇔ drop_b ≤ α + 1e-9

@@ -14,8 +14,8 @@ CHOICES = {
     "gate_input": ("qkv", "qkv_rotated", "hidden"),
     "kernel": ("auto", "torch", "triton"),
 }
-LARGEST_CAP = 60.0
-"""Of the input gate: beyond, sums of e^60 over many positions leave float32."""
+LARGEST_CAP = 40.0
+"""Of the input gate: with e^±60 sums over many positions, or gradients, leave float32."""
 
 
 def _of_base(name: str) -> Any:
@@ -26,7 +26,7 @@ def _of_base(name: str) -> Any:
 
 
 class HybridConfig(PreTrainedConfig):
-    """The teacher's own configuration and the choices of the mixer (paper.md §9 in words).
+    """The teacher's own configuration and the choices of the mixer, those that the paper leaves open included.
 
     Args:
         base_config: the teacher's configuration (an object or its dictionary).
@@ -45,7 +45,8 @@ class HybridConfig(PreTrainedConfig):
         use_window: False leaves the mLSTM (o = 1).
         use_gates: False leaves linear attention: i = f = 1.
         chunk: length of a chunk of the chunkwise-parallel mLSTM; speed only.
-        kernel: what computes the mLSTM: `auto`, `torch` or `triton`; speed only.
+        kernel: what computes the mLSTM: `auto`, `torch` or `triton`; speed only. With `feature_rope`
+            `after` it is always torch.
 
     Raises:
         ValueError: the teacher's family is not known, or a choice is not one.

@@ -46,9 +46,9 @@ class HybridMixer(nn.Module):
         self.layer_idx: int = attention.layer_idx  # type: ignore[assignment]
         self.heads = base.num_attention_heads
         self.groups = base.num_attention_heads // base.num_key_value_heads
-        self.head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+        self.head_dim = config.head_dim
         self.native_window = config.native_window(self.layer_idx)
-        self.window = min(config.window, self.native_window or config.window)
+        self.window = config.layer_window(self.layer_idx)
         for name, child in attention.named_children():
             self.add_module(name, child)
         per_head = (self.heads, self.head_dim, self.head_dim)
@@ -62,7 +62,7 @@ class HybridMixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The start of Stage I: φ = softmax, no input gate, slow forgetting, the window first (defaults of §9).
+        """The start of Stage I: φ = softmax, no input gate, slow forgetting, the window first (our choice).
 
         What `from_pretrained` loaded stays as it is: `init` knows it.
         """
@@ -194,7 +194,7 @@ class HybridMixer(nn.Module):
         return choose(self.config.kernel, self.query_map.device)
 
     def feature_map(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """φ, float32: softmax(x W) over the features, or hedgehog's two signs of it (§2, §9)."""
+        """φ, float32: softmax(x W) over the features, or hedgehog's two signs of it (paper §2)."""
         scores = (x @ matrix.to(x.dtype)).float()
         if self.config.feature_map == "hedgehog":
             return torch.cat([_Features.apply(scores), _Features.apply(-scores)], -1) * 0.5

@@ -31,7 +31,7 @@ def mlstm(
     Args:
         query: [B, H, T, D], φ(q): positive.
         key: [B, H, T, D], φ(k): positive.
-        value: [B, H, T, E].
+        value: [B, H, T, E]; T·i·|v| has to fit float32 (|v| up to 1e30 with i = e¹⁵; for gradients up to 1e10).
         log_input: [B, H, T], log i, below 80; −inf leaves a position out.
         log_forget: [B, H, T], log f, at most 0; −inf forgets all that came before.
         state: [B, H, D, E + 1], (S, z) before the first position, or None for zeros.

@@ -131,7 +131,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             past_key_values: state of an earlier call, from `new_cache`; it is advanced in place.
             inputs_embeds: [B, T, hidden] instead of `input_ids`.
             labels: [B, T] tokens, −100 to ignore: adds the shifted cross-entropy.
-            use_cache: whether to return a state.
+            use_cache: whether to return a state; default: no (`generate` asks for it).
             logits_to_keep: compute only the last so many logits; 0: all.
             objective: computes the loss from hidden states and LM head instead of logits. It runs in here so that the
                 hooks of sharding strategies have gathered the (tied) head.
@@ -148,7 +148,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         padding_mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
-        documents = self._documents(document_ids, position_ids, padding_mask, past_key_values)
+        documents = self._documents(document_ids, position_ids, padding_mask, past_key_values, length)
         layout = make_layout(padding_mask, documents, length)
         if padding_mask is not None and layout is not None and has_holes(padding_mask, layout):
             raise ValueError(
@@ -192,12 +192,19 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             )
 
     def _documents(
-        self, given: Tensor | None, position_ids: Tensor | None, padding_mask: Tensor | None, cache: HybridCache | None
+        self,
+        given: Tensor | None,
+        position_ids: Tensor | None,
+        padding_mask: Tensor | None,
+        cache: HybridCache | None,
+        length: int,
     ) -> Tensor | None:
         """Document numbers where rows are to be split."""
         if not self.config.reset_at_documents or (given is None and position_ids is None):
             return None
         documents = documents_of(position_ids, padding_mask) if given is None else given  # type: ignore[arg-type]
+        if documents.shape[1] != length:
+            raise ValueError(f"document_ids of shape {tuple(documents.shape)}: expected [batch, {length}]")
         if cache is None:
             return documents
         if bool((documents != documents[:, :1]).any()):

@@ -47,7 +47,8 @@ def check_kernel(model: HybridForCausalLM, strategy: Strategy) -> None:
     config, width = model.config, model.mixers[0].head_dim
     features = width * (2 if config.feature_map == "hedgehog" else 1)
     try:
-        kernel = choose(config.kernel, strategy.device)
+        # RoPE after φ is the torch form's alone (`HybridConfig.kernel`).
+        kernel = choose("torch" if config.feature_rope == "after" else config.kernel, strategy.device)
         error = check(kernel, strategy.device, strategy.dtype, features, width, config.chunk)
     except ValueError as wrong:
         raise Mistake(f"model.{wrong}") from wrong
