@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from xlstm_distill.contract.schema import Align
 from xlstm_distill.data.stream import read_samples
 from xlstm_distill.model import HybridConfig, HybridForCausalLM, convert
 from xlstm_distill.model.cache import HybridLayerCache
+from xlstm_distill.model.gates import GateRecorder
 from xlstm_distill.model.layout import Layout
 from xlstm_distill.model.mixer import HybridMixer, Projected
 from xlstm_distill.model.mlstm import mlstm_sums, normalise
@@ -149,29 +151,25 @@ class Trainee:
         self.optimizer = make_optimizer({variant.lr: self.new}, settings)
         self.errors = torch.zeros(len(self.layers))
         """Σ‖h − ĥ‖² per layer since the last reset."""
-        self.gates: dict[int, list[Tensor]] = {}
-        """Mean output gate of each head [H] of every held-out sequence, by layer; empty where there is no gate."""
+        self.gates = GateRecorder(self.mixers) if config.use_mlstm and config.use_window else None
+        """Of the held-out sequences."""
 
     def learn(
         self, layer: int, projected: Projected, target: Tensor, windows: dict[int, Tensor], *, train: bool
     ) -> None:
         """Forward and, in training, backward of one layer; `windows`: see `SharingMixer`."""
         mixer = self.mixers[layer]
-        mixer.windows, mixer.gate_hook = windows, None if train else self._record
+        mixer.windows = windows
         with torch.set_grad_enabled(train):
             error = (target - mixer.mix(projected, None)).square().sum()
             if train:
                 (error / target.square().sum()).backward()
-        mixer.windows = mixer.gate_hook = None
+        mixer.windows = None
         self.errors[layer] += error.detach()
-
-    def _record(self, layer: int, gate: Tensor, real: Tensor | None) -> None:
-        self.gates.setdefault(layer, []).append(gate.mean((0, 2, 3)))
 
     def shut(self) -> int | None:
         """Heads whose mean output gate on the held-out sequences leaves one branch out; None without a gate."""
-        means = [torch.stack(rows).mean(0).tolist() for _, rows in sorted(self.gates.items())]
-        return len(heads_shut(means)) if means else None
+        return len(heads_shut(self.gates.means().tolist())) if self.gates else None
 
     def step(self, step: int, steps: int) -> None:
         """One step of AdamW, each layer's gradient clipped by itself."""
@@ -213,7 +211,10 @@ class TeacherPass:
         self.norms.zero_()
         for trainee in self.trainees:
             trainee.errors.zero_()
-        hidden = [self.run(row[None, :-1], train=False) for row in tokens]
+        with ExitStack() as recording:
+            for trainee in self.trainees:
+                recording.enter_context(trainee.gates or nullcontext())
+            hidden = [self.run(row[None, :-1], train=False) for row in tokens]
         return {t.variant.name: (t.errors / self.norms).tolist() for t in self.trainees}, hidden
 
 

@@ -52,6 +52,14 @@ def randomise(student, seed=0):
             parameter.add_(4.0)
 
 
+def tokens(length=12, batch=2, seed=0):
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, bound=1e-4):
+    torch.testing.assert_close(a, b, atol=bound, rtol=bound)
+
+
 def rotate(x, position, base):
     """RoPE of one vector [..., D] at one position, pair (j, j + D/2) turned by position·base^(−2j/D)."""
     half = x.shape[-1] // 2

@@ -85,6 +85,10 @@ def test_each_variant_has_parameters_of_its_own_and_the_untrained_one_is_the_win
     for mixer in student.mixers:
         mixer.objective = None
     assert set(errors) == {v.name for v in ablation.VARIANTS[:5]}
+    assert trainees[0].shut() is None
+    gates = trainees[4].gates.means()
+    assert gates.shape == (2, 4)
+    assert ((gates > 0) & (gates < 1)).all()
     figures = ablation.end_to_end(student, trainees[0], tokens, hidden)
     window = type(student).from_pretrained(tmp_path / "student", use_mlstm=False).eval()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from train_support import TOKENS_PER_STEP, job, make_config, make_run, run
 from launcher.compose import compose
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.model import HybridConfig, HybridForCausalLM
+from xlstm_distill.model.configuration import LARGEST_CAP
 from xlstm_distill.train.students import student_choices
 
 ABLATIONS = [
@@ -83,3 +84,9 @@ def test_documents_matter_where_the_student_resets(jobs):
     ids, documents = torch.arange(3, 15)[None], torch.arange(12)[None] // 6
     assert joined(ids, document_ids=documents).logits.equal(joined(ids).logits)
     assert not apart(ids, document_ids=documents).logits.equal(apart(ids).logits)
+
+
+def test_launcher_and_student_allow_the_same_soft_cap():
+    assert compose([f"student.input_gate_soft_cap={LARGEST_CAP}"]).config.student.input_gate_soft_cap == LARGEST_CAP
+    with pytest.raises(Mistake, match="input_gate_soft_cap"):
+        compose([f"student.input_gate_soft_cap={LARGEST_CAP + 1}"])

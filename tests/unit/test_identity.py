@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from model_support import FAMILIES, VOCABULARY, tiny_student, tiny_teacher
+from model_support import FAMILIES, tiny_student, tiny_teacher, tokens
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.model import HybridForCausalLM, convert
@@ -14,10 +14,6 @@ LLAMA_3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
-
-
-def tokens(length, batch=2, seed=0):
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_support import tiny_student
 from train_support import make_run, run, training_job
 
 from xlstm_distill.contract.exitcode import Mistake
@@ -114,7 +115,7 @@ def test_training_says_which_kernel_it_takes_and_does_not_begin_with_a_wrong_one
     run(folder)
     assert "mLSTM kernel: torch, within" in capsys.readouterr().out
     folder = training_job(jobs, f"wrong-{stage}", stage)
-    monkeypatch.setattr("xlstm_distill.train.students.choose", lambda name, device: leaning_on(4))
+    monkeypatch.setattr("xlstm_distill.model.mixer.choose", lambda name, device: leaning_on(4))
     with pytest.raises(Mistake, match=r"model\.kernel=leaning: .*the gradient of log_forget"):
         run(folder)
     assert not (folder.path / "metrics.jsonl").exists()
@@ -136,3 +137,8 @@ def test_the_settings_offer_the_kernels_that_there_are():
     from typing import get_args, get_type_hints
 
     assert get_args(get_type_hints(Model)["kernel"]) == KERNELS
+
+
+def test_rope_after_the_features_is_left_to_the_torch_form(tmp_path):
+    _, student = tiny_student(tmp_path, feature_rope="after", kernel="triton")
+    assert name_of(student.mixers[0].kernel_on(torch.device("cpu"))) == "torch"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_support import FAMILIES, VOCABULARY, tiny_student
+from model_support import FAMILIES, VOCABULARY, close, tiny_student, tokens
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.model.layout import DOCUMENT, documents_of, has_holes, make_layout
@@ -11,14 +11,6 @@ from xlstm_distill.teacher.targets import document_positions
 
 BRANCHES = [{}, {"use_mlstm": False}, {"use_window": False}, {"feature_rope": "after"}]
 LENGTHS = (1, 7, 13, 9)  # of documents: shorter than the sinks, than the window, longer; W = 5, two sinks
-
-
-def tokens(length, batch=2, seed=0):
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def packed(batch=1):

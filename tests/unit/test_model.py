@@ -6,16 +6,12 @@ import json
 import pytest
 import torch
 from data_support import make_tokenizer
-from model_support import VOCABULARY, randomise, tiny_student, tiny_teacher
+from model_support import randomise, tiny_student, tiny_teacher, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.model import HybridConfig, HybridForCausalLM, convert
 from xlstm_distill.train.align import make_initial
-
-
-def tokens(length, batch=2, seed=0):
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def hashes(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_support import FAMILIES, VOCABULARY, tiny_student, tiny_teacher
+from model_support import FAMILIES, close, tiny_student, tiny_teacher, tokens
 from transformers import AutoModelForCausalLM
 
 CHOICES: list[dict] = [
@@ -21,10 +21,6 @@ CHOICES: list[dict] = [
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
-def tokens(length, batch=2, seed=0):
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 @torch.no_grad()
 def in_pieces(student, ids, sizes, mask=None):
     cache, parts, end = student.new_cache(), [], 0
@@ -40,10 +36,6 @@ def in_pieces(student, ids, sizes, mask=None):
 @torch.no_grad()
 def whole(student, ids, mask=None):
     return student(ids, attention_mask=mask).logits
-
-
-def close(a, b, bound=1e-4):
-    torch.testing.assert_close(a, b, atol=bound, rtol=bound)
 
 
 @pytest.mark.parametrize("choices", CHOICES)

@@ -7,16 +7,12 @@ import warnings
 import pytest
 import torch
 from data_support import make_tokenizer
-from model_support import FAMILIES, VOCABULARY, tiny_student, tiny_teacher
+from model_support import FAMILIES, VOCABULARY, tiny_student, tiny_teacher, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from xlstm_distill.model import HybridCache, HybridConfig, HybridForCausalLM
 
 FIXED = {"eos_token_id": None, "max_new_tokens": 8}
-
-
-def tokens(length=12, batch=2, seed=0):
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 # Saving and loading

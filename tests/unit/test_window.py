@@ -37,14 +37,19 @@ def with_gradients(function, tensors, dtype, *settings):
     return [out, *(x.grad for x in leaves)]
 
 
+def assert_alike(found, wanted, tensors, *settings):
+    """Output and gradients of `found` in float32 are finite and those of `wanted` in float64."""
+    ours = with_gradients(found, tensors, torch.float32, *settings)
+    theirs = with_gradients(wanted, tensors, torch.float64, *settings)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(16, 4), (16, 0), (1, 0), (1, 3), (5, 40), (200, 4)])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 150])
 def test_output_and_gradients_are_those_of_the_masked_softmax(length, window, sinks):
-    tensors = draw(length)
-    found = with_gradients(attend, tensors, torch.float32, window, sinks)
-    wanted = with_gradients(reference, tensors, torch.float64, window, sinks)
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+    assert_alike(attend, reference, draw(length), window, sinks)
 
 
 def test_window_and_sinks_that_reach_everything_are_full_causal_attention():
@@ -68,11 +73,7 @@ def test_left_padded_rows_equal_what_they_give_alone(pad):
 @pytest.mark.parametrize(("window", "sinks"), [(64, 4), (1, 1), (65, 2), (63, 0), (3, 70)])
 @pytest.mark.parametrize("length", [63, 64, 65, 66, 129, 200])
 def test_around_the_edges_of_blocks(length, window, sinks):
-    tensors = draw(length)
-    found = with_gradients(attend, tensors, torch.float32, window, sinks)
-    wanted = with_gradients(masked, tensors, torch.float64, window, sinks)
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+    assert_alike(attend, masked, draw(length), window, sinks)
 
 
 def masked(query, key, value, window, sinks, layout=None):
@@ -121,11 +122,7 @@ def test_padding_and_documents_output_and_gradients(kind, window, sinks):
     def wanted(query, key, value):
         return masked(query, key, value, window, sinks, layout) * real
 
-    for a, b in zip(
-        with_gradients(found, tensors, torch.float32), with_gradients(wanted, tensors, torch.float64), strict=True
-    ):
-        assert a.isfinite().all()
-        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+    assert_alike(found, wanted, tensors)
 
 
 @pytest.mark.parametrize("kind", [None, "padding", "documents", "both"])

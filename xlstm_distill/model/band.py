@@ -81,7 +81,7 @@ def _accumulate(x: Tensor) -> torch.dtype:
 
 def _blocks(length: int, window: int) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Per block: its queries, the keys it reads, and the part of `_band_mask` that says which of them it sees."""
-    reach = window - 1 + -(window - 1) % ALIGN
+    reach = _reach(window)
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         first = max(0, start - reach)
@@ -93,9 +93,14 @@ def _blocks(length: int, window: int) -> Iterator[tuple[slice, slice, slice, sli
         )
 
 
+def _reach(window: int) -> int:
+    """Keys that a block reads before its first query."""
+    return window - 1 + -(window - 1) % ALIGN
+
+
 def _band_mask(query: Tensor, window: int) -> Tensor:
     """[BLOCK, reach + BLOCK]: 0 where a query sees a key, −∞ elsewhere; column c is key c − reach from the start."""
-    reach = window - 1 + -(window - 1) % ALIGN
+    reach = _reach(window)
     inside = torch.ones(BLOCK, reach + BLOCK, dtype=torch.bool).tril(reach).triu(reach - window + 1)
     return torch.zeros(inside.shape, dtype=query.dtype).masked_fill_(~inside, -torch.inf)
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .configuration import CHOICES
 from .mlstm import mlstm
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 """What computes the cell: arguments and results of `mlstm.mlstm`."""
-KERNELS = ("auto", "torch", "triton")
+KERNELS = CHOICES["kernel"]
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest ‖a − b‖/‖b‖ of a tensor against float64, by the dtype of the products."""
 

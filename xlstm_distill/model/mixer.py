@@ -148,7 +148,7 @@ class HybridMixer(nn.Module):
         if self.config.feature_rope == "after":
             out, state = self._rotated_features(p, query, key, value, gates, state)
         else:
-            out, state = self.kernel(query, key, value, *gates, state, self.config.chunk)
+            out, state = self.kernel_on(query.device)(query, key, value, *gates, state, self.config.chunk)
         if layer is not None:
             layer.state = state
         return out
@@ -188,10 +188,13 @@ class HybridMixer(nn.Module):
         _, below, last_norm = mlstm_sums(query, key, value[..., :0], log_input, log_forget, norm, chunk)
         return normalise(above, below), torch.cat([last[..., :-1], last_norm], -1)
 
-    @property
-    def kernel(self) -> Kernel:
-        """What computes the mLSTM on this module's device (`config.kernel`)."""
-        return choose(self.config.kernel, self.query_map.device)
+    def kernel_on(self, device: torch.device) -> Kernel:
+        """What computes the mLSTM there: `config.kernel`; with RoPE after φ the torch form, the only one that can.
+
+        Raises:
+            ValueError: it cannot run there.
+        """
+        return choose("torch" if self.config.feature_rope == "after" else self.config.kernel, device)
 
     def feature_map(self, x: Tensor, matrix: Tensor) -> Tensor:
         """φ, float32: softmax(x W) over the features, or hedgehog's two signs of it (paper §2)."""
@@ -262,9 +265,8 @@ class HeadwiseLinear(nn.Module):
         weights = (self.scale * self.weight).split([x.shape[-1] for x in inputs], 1)
         total = self.bias.float()[:, None]
         for x, weight in zip(inputs, weights, strict=True):
-            per_input = (
-                weight.to(x.dtype).unflatten(0, (x.shape[1], -1)).mT
-            )  # heads that share an input: [H', width, G]
+            # [H', width, G]: G heads share an input.
+            per_input = weight.to(x.dtype).unflatten(0, (x.shape[1], -1)).mT
             total = total + (x @ per_input).float().mT.flatten(1, 2)
         return total[..., None]
 

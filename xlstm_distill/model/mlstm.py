@@ -168,9 +168,9 @@ class _Chunkwise(torch.autograd.Function):
             torch.add(adding @ d_states, pairs.mul_(within).mT @ from_above, out=d_value[:, :, n])
             torch.addcmul(d_pairs @ key, d_reading, of_state, out=d_query[:, :, n])
             torch.addcmul(d_pairs.mT @ query, d_adding, into, out=d_key[:, :, n])
-            d_into = _dot(d_adding, adding)
+            d_into = torch.linalg.vecdot(d_adding, adding)
             of_input = d_within.sum(-2) + d_into
-            of_forget = d_within.sum(-1) + _dot(d_reading, reading) - of_input
+            of_forget = d_within.sum(-1) + torch.linalg.vecdot(d_reading, reading) - of_input
             of_forget[..., -1] += d_into.sum(-1) + d_decay
             d_input[:, :, n], d_forget[:, :, n] = of_input, of_forget
         return d_query, d_key, d_value, d_input, d_forget, d_matrix, d_norm
@@ -207,10 +207,6 @@ def _carry_back(last: Tensor, reading: Tensor, decay: Tensor) -> tuple[Tensor, T
     return grads, last
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
-
-
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Σ a ∘ b over the last two axes."""
-    return _dot(a.flatten(-2), b.flatten(-2))
+    return torch.linalg.vecdot(a.flatten(-2), b.flatten(-2))

@@ -15,7 +15,7 @@ from xlstm_distill.contract.job import JobFolder
 from xlstm_distill.contract.schema import Config, Source
 from xlstm_distill.data.stream import Part
 from xlstm_distill.model import HybridForCausalLM
-from xlstm_distill.model.kernel import check, choose, name_of
+from xlstm_distill.model.kernel import check, name_of
 from xlstm_distill.parallel.strategy import Strategy
 
 SHARD_BYTES = 4 << 30
@@ -44,12 +44,11 @@ def check_kernel(model: HybridForCausalLM, strategy: Strategy) -> None:
     Raises:
         Mistake: it cannot run here, or is wrong.
     """
-    config, width = model.config, model.mixers[0].head_dim
-    features = width * (2 if config.feature_map == "hedgehog" else 1)
+    config, mixer = model.config, model.mixers[0]
+    features = mixer.head_dim * (2 if config.feature_map == "hedgehog" else 1)
     try:
-        # RoPE after φ is the torch form's alone (`HybridConfig.kernel`).
-        kernel = choose("torch" if config.feature_rope == "after" else config.kernel, strategy.device)
-        error = check(kernel, strategy.device, strategy.dtype, features, width, config.chunk)
+        kernel = mixer.kernel_on(strategy.device)
+        error = check(kernel, strategy.device, strategy.dtype, features, mixer.head_dim, config.chunk)
     except ValueError as wrong:
         raise Mistake(f"model.{wrong}") from wrong
     if strategy.world.rank == 0:
