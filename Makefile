@@ -1,4 +1,4 @@
-# make install | demo | test | test-fast | check | bench | clean
+# make install | demo | test | test-fast | soak | check | bench | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed-$(shell (cat pyproject.toml setup.py Makefile; echo 
 # One thread per test process: two of them share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: install demo test test-fast check bench clean
+.PHONY: install demo test test-fast soak check bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -33,12 +33,16 @@ demo: install
 	$(BIN)/xdl launch --name demo cluster=local stage=pipeline
 
 test: install
-	$(PYTEST) -n 2 -m 'not dist and not gpu' tests
-	$(PYTEST) -m 'dist and not gpu' tests
+	$(PYTEST) -n 2 -m 'not dist and not gpu and not soak' tests
+	$(PYTEST) -m 'dist and not gpu and not soak' tests
 	$(if $(GPU),$(PYTEST) -m gpu tests/gpu)
 
 test-fast: install
-	$(PYTEST) -n 2 -m 'not slow and not dist and not gpu' tests
+	$(PYTEST) -n 2 -m 'not slow and not dist and not gpu and not soak' tests
+
+# Hours: a hundred kills, a hundred signals.
+soak: install
+	$(PYTEST) -m soak tests
 
 check: install
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from xlstm_distill.contract.files import write_json
 from xlstm_distill.contract.gates import heads_shut
-from xlstm_distill.contract.schema import Align
+from xlstm_distill.contract.schema import AdamW, Align
 from xlstm_distill.data.stream import read_samples
 from xlstm_distill.model import HybridConfig, HybridForCausalLM, convert
 from xlstm_distill.model.cache import HybridLayerCache
@@ -148,7 +148,7 @@ class Trainee:
         frozen = {id(p) for p in model.parameters()}
         self.new = {name: p for name, p in self.mixers.named_parameters() if id(p) not in frozen}
         self.layers = [[p for p in mixer.parameters() if id(p) not in frozen] for mixer in self.mixers]
-        self.optimizer = make_optimizer({variant.lr: self.new}, settings)
+        self.optimizer = make_optimizer({variant.lr: self.new}, AdamW())
         self.errors = torch.zeros(len(self.layers))
         """Σ‖h − ĥ‖² per layer since the last reset."""
         self.gates = GateRecorder(self.mixers) if config.use_mlstm and config.use_window else None

@@ -29,12 +29,8 @@ def misplaced(config: Config) -> Iterator[str]:
     """One line per training job whose batch cannot be shared by its ranks (a dry run tells, a launch refuses)."""
     for stage in TRAINING:
         settings, ranks = getattr(config, stage), ranks_of(config.cluster.stages.get(stage, Placement()))
-        share = settings.micro_batch * ranks
-        if settings.batch % share:
-            yield (
-                f"{stage}.batch={settings.batch}: expected a multiple of micro_batch × ranks = "
-                f"{settings.micro_batch} × {ranks} = {share}"
-            )
+        if settings.batch < ranks:
+            yield f"{stage}.batch={settings.batch}: {ranks} ranks need a sample each; expected {ranks} or more"
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -49,6 +45,7 @@ def problems(config: Config) -> Iterator[str]:
         step = getattr(config, stage).batch * config.data.sequence
         if 0 < getattr(config, stage).tokens < step:
             yield f"{stage}.tokens={getattr(config, stage).tokens}: less than one step; expected {step} or more"
+    yield from _optimiser(config)
     yield from _distillation(config)
     yield from _places(config)
     yield from _evaluation(config)
@@ -170,21 +167,35 @@ def _same_source(defined: dict[str, tuple[str, Source]], key: str, name: str, so
 
 
 def _training(stage: str, settings: Training) -> Iterator[str]:
-    for key in ("tokens", "batch", "micro_batch", "keep", "checkpoint_every", "validation_samples"):
+    for key in ("tokens", "batch", "micro_batch", "checkpoint_every", "validation_samples"):
         if getattr(settings, key) < 1:
             yield f"{stage}.{key}={getattr(settings, key)}: expected 1 or more"
-    if settings.micro_batch > 0 and settings.batch % settings.micro_batch:
-        yield f"{stage}.batch={settings.batch}: expected a multiple of {stage}.micro_batch={settings.micro_batch}"
     if not 0 < settings.lr < math.inf:
         yield f"{stage}.lr={settings.lr}: expected more than 0"
     if not 0 <= settings.min_lr <= settings.lr:
         yield f"{stage}.min_lr={settings.min_lr}: expected 0 to {stage}.lr={settings.lr}"
-    for key in ("warmup", "beta1", "beta2"):
-        if not 0 <= getattr(settings, key) < 1:
-            yield f"{stage}.{key}={getattr(settings, key)}: expected 0 to 1, 1 excluded"
-    for key in ("weight_decay", "clip", "validate_every"):
+    if not 0 <= settings.warmup < 1:
+        yield f"{stage}.warmup={settings.warmup}: expected 0 to 1, 1 excluded"
+    for key in ("clip", "validate_every"):
         if not getattr(settings, key) >= 0:
             yield f"{stage}.{key}={getattr(settings, key)}: expected 0 or more"
+
+
+def _optimiser(config: Config) -> Iterator[str]:
+    adamw, guard = config.adamw, config.guard
+    yield from _at_least(0, adamw__weight_decay=adamw.weight_decay)
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(adamw, key) < 1:
+            yield f"adamw.{key}={getattr(adamw, key)}: expected 0 to 1, 1 excluded"
+    yield from _at_least(1, guard__keep=guard.keep, guard__skip_limit=guard.skip_limit)
+    yield from _at_least(
+        0, guard__keep_every=guard.keep_every, guard__stuck_seconds=guard.stuck_seconds,
+        guard__spike_sigma=guard.spike_sigma,
+    )  # fmt: skip
+    if config.strategy.offload and config.strategy.name != "zero3":
+        yield f"strategy.offload=true: works with strategy.name=zero3 only, got {config.strategy.name}"
+    if config.strategy.shard == "node" and config.strategy.name not in ("auto", "fsdp"):
+        yield f"strategy.shard=node: works with strategy.name=fsdp only, got {config.strategy.name}"
 
 
 def _distillation(config: Config) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launcher.plan import Graph
-from launcher.progress import last_record, loss_of, speed_of
+from launcher.progress import duration, last_record, loss_of, speed_of
 from launcher.runs import find_run, read_graph
 from xlstm_distill.contract.exitcode import DONE, Mistake
 from xlstm_distill.contract.manifest import read_manifest
@@ -38,7 +38,7 @@ def job_status(folder: Path, name: str, waiting: bool, in_queue: bool = False) -
     """How a job stands, from its folder and what the queue says."""
     record = last_record(folder)
     seen = _last_sign(folder)
-    age = _age(time.time() - seen) if seen else ""
+    age = duration(time.time() - seen) if seen else ""
     if read_manifest(folder / "manifest.json"):
         state = "done"
     elif in_queue:
@@ -60,13 +60,6 @@ def _last_sign(folder: Path) -> float:
     """Time of the newest log line or metric; 0: none."""
     files = [folder / "metrics.jsonl", *(folder / "logs").glob("*.log")]
     return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
 
 
 def run_status(folder: Path) -> list[JobStatus]:

@@ -17,8 +17,10 @@ from xlstm_distill.contract.job import Job, JobFolder, plain
 from xlstm_distill.contract.schema import Config, Placement, Source
 from xlstm_distill.contract.state import State, covers, recorded_identity, state_of
 
-OPTIMISER = ("batch", "lr", "min_lr", "schedule", "warmup", "weight_decay", "beta1", "beta2", "clip")
+OPTIMISER = ("batch", "lr", "min_lr", "schedule", "warmup", "clip")
 """Settings of a training stage that change what it makes, but for the budget."""
+SPIKES = ("spike_sigma",)
+"""Settings of the guard that do."""
 STUDENT = (
     "window", "sinks", "feature_map", "feature_rope", "gate_input", "input_gate_soft_cap", "output_gate_bias",
     "reset_at_documents", "use_window", "use_gates",
@@ -168,10 +170,15 @@ def _cache_identity(config: Config) -> dict[str, Any]:
     }
 
 
+def _optimiser(config: Config) -> dict[str, Any]:
+    return {**_flat(config.adamw, "adamw"), **_flat(config.guard, "guard", SPIKES)}
+
+
 def _align_identity(config: Config) -> dict[str, Any]:
     return {
         **_flat(config.student, "student", STUDENT),
         **_flat(config.align, "align", OPTIMISER),
+        **_optimiser(config),
         "seed": config.seed,
         **_shards(config),
         **_weights(config.data.sources, "data.sources"),
@@ -183,6 +190,7 @@ def _distill_identity(config: Config, expert: str) -> dict[str, Any]:
     online_top_k = config.distill.targets == "online" and config.distill.loss != "full"
     return {
         **_flat(config.distill, "distill", own),
+        **_optimiser(config),
         **({"cache.top_k": config.cache.top_k} if online_top_k else {}),
         **_flat(config.student, "student", ("reset_at_documents",)),
         **({"student.init_from": config.student.init_from} if config.student.init_from else {}),

@@ -5,16 +5,20 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 TAIL = 1 << 14
 """Bytes of `metrics.jsonl` that are looked at from its end."""
+TERMS = ("ce", "kl")
+"""Terms of the loss that are shown beside it."""
 LINE_EVERY = 5.0
 """Seconds between plain lines."""
 
 
 def last_record(folder: Path) -> dict[str, Any]:
-    """The newest record of a job's `metrics.jsonl`, with the newest loss and speed; empty where there is none yet."""
+    """The newest record of a job's `metrics.jsonl`, with what only earlier ones say (losses, speed), and `pace`, the
+    median seconds of the recent steps; empty where there is none yet."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(0, 2)
@@ -23,16 +27,19 @@ def last_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     found: dict[str, Any] = {}
+    seconds: list[float] = []
     for line in reversed(lines):
         try:
             record = json.loads(line)
         except ValueError:
             continue  # cut by a kill, or by the start of the tail
-        if isinstance(record, dict):
+        if not isinstance(record, dict):
+            continue
+        if "step" not in found or loss_of(found) is None:
             found = {**record, **found}
-        if "step" in found and loss_of(found) is not None:
-            break
-    return found
+        if "seconds" in record:
+            seconds.append(record["seconds"])
+    return {**found, "pace": median(seconds)} if seconds else found
 
 
 def loss_of(record: Mapping[str, Any]) -> float | None:
@@ -49,14 +56,42 @@ def speed_of(record: Mapping[str, Any]) -> float | None:
     )
 
 
+def seconds_left(record: Mapping[str, Any]) -> float | None:
+    """Until the last step, at the pace of the recent ones; None where a stage says nothing of its seconds."""
+    if "pace" not in record or "total" not in record:
+        return None
+    return float(record["pace"] * max(0, record["total"] - record.get("step", 0)))
+
+
 def describe(record: Mapping[str, Any]) -> str:
-    """`12/40  loss 0.312  812 tok/s`."""
+    """`12/40  loss 0.312 (ce 2.11, kl 0.112)  49.2k tokens  812 tok/s  3 min left`."""
     words = [f"{record.get('step', 0)}/{record.get('total', '?')}"]
     if (loss := loss_of(record)) is not None:
-        words.append(f"loss {loss:.4g}")
+        terms = [f"{name} {record[f'loss/{name}']:.3g}" for name in TERMS if f"loss/{name}" in record]
+        words.append(f"loss {loss:.4g}" + (f" ({', '.join(terms)})" if terms else ""))
+    if isinstance(tokens := record.get("tokens"), int | float):
+        words.append(f"{short(tokens)} tokens")
     if (speed := speed_of(record)) is not None:
         words.append(f"{speed:,.0f} tok/s")
+    if left := seconds_left(record):
+        words.append(f"{duration(left)} left")
     return "  ".join(words)
+
+
+def short(count: float) -> str:
+    """`812`, `49.2k`, `1.31B`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min`, `25 h`, `4 d`: in the largest unit of which there are two."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 class Display(Protocol):

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.monitor import job_status, log_of, table
-from launcher.progress import Lines, describe, last_record
+from launcher.progress import Lines, describe, duration, last_record
 from xlstm_distill.contract.exitcode import Mistake
 
 
@@ -33,6 +33,25 @@ def test_the_last_record_has_the_newest_step_and_the_newest_loss(run: Path) -> N
     assert describe(record) == "3/9  loss 1  1,234 tok/s"
     assert last_record(run / "jobs/fetch") == {}
     assert describe({}) == "0/?"
+
+
+def test_progress_tells_tokens_speed_both_losses_and_the_time_that_is_left(tmp_path: Path) -> None:
+    lines = [
+        {"step": s, "total": 100, "loss": 1.25, "loss/ce": 2.0, "loss/kl": 0.5, "tokens": s * 4096, "seconds": seconds,
+         "tokens_per_s": 812.4}
+        for s, seconds in ((10, 9.0), (11, 5.0), (12, 5.2))
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = describe(last_record(tmp_path))
+    assert text == "12/100  loss 1.25 (ce 2, kl 0.5)  49.2k tokens  812 tok/s  8 min left"
+    assert describe({"step": 7, "total": 7, "pace": 3.0, "tokens": 3.2e9}) == "7/7  3.2B tokens"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (2e6, "23 d")]
+)
+def test_durations_are_told_in_the_largest_unit_of_which_there_are_two(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_the_state_follows_from_lock_manifest_and_age(run: Path) -> None:

@@ -80,3 +80,14 @@ def test_tensorboard_shows_an_image_at_its_step_pixel_by_pixel(tmp_path):
 def test_where_nobody_looks_nothing_is_drawn(tmp_path, settings):
     with Metrics(tmp_path, 9, **settings) as metrics:
         metrics.image("gates/output_gate", 1, lambda: pytest.fail("drawn"))
+
+
+def test_tensorboard_shows_a_text_as_it_was_given(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(tmp_path, 9, tensorboard=True) as metrics:
+        metrics.text("config", 3, "**bold**")
+    with Metrics(tmp_path / "quiet", 9) as metrics:
+        metrics.text("config", 3, "nobody looks")
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("config/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0]) == (3, b"**bold**")

@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from xlstm_distill.contract.schema import Align, Distill
-from xlstm_distill.train.optim import (
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-    set_optimizer_step,
-    training_state,
-)
+from xlstm_distill.contract.schema import AdamW, Align, Distill
+from xlstm_distill.parallel.state import set_optimizer_step, training_state
+from xlstm_distill.train.optim import learning_rate, make_optimizer, set_learning_rate
 
 
 def rates(steps, **settings):
@@ -50,7 +45,7 @@ def module():
 
 def test_decay_reaches_matrices_only():
     model = module()
-    optimizer = make_optimizer({1e-3: dict(model.named_parameters())}, Distill(weight_decay=0.1))
+    optimizer = make_optimizer({1e-3: dict(model.named_parameters())}, AdamW(weight_decay=0.1))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.1, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
@@ -61,7 +56,7 @@ def test_each_group_follows_the_schedule_to_its_own_peak():
     model = module()
     groups = {1e-3: dict(model[0].named_parameters()), 1e-2: dict(model[1].named_parameters())}
     settings = Distill(lr=1e-3, warmup=0.5)
-    optimizer = make_optimizer(groups, settings)
+    optimizer = make_optimizer(groups, AdamW())
     assert set_learning_rate(optimizer, 0, 4, settings) == pytest.approx(5e-4)
     assert {group["peak"]: group["lr"] for group in optimizer.param_groups} == pytest.approx({1e-3: 5e-4, 1e-2: 5e-3})
 
@@ -74,7 +69,7 @@ def run_steps(model, optimizer, count):
 
 
 def test_the_state_by_name_carries_training_over_to_another_optimizer():
-    settings = Distill(lr=1e-2)
+    settings = AdamW()
     model = module()
     optimizer = make_optimizer({1e-2: dict(model.named_parameters())}, settings)
     run_steps(model, optimizer, 3)

@@ -118,7 +118,7 @@ def test_paths_take_the_place_of_jobs() -> None:
             ],
             set(),
         ),
-        (["distill.validation_samples=3", "distill.keep=9", "align.validation_samples=1"], set()),
+        (["distill.validation_samples=3", "guard.keep=9", "align.validation_samples=1"], set()),
     ],
     ids=lambda value: " ".join(sorted(value)) or "none",
 )

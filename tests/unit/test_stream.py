@@ -187,8 +187,31 @@ def test_parts_of_different_length_are_refused(parts, tmp_path):
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(parts):
-    with pytest.raises(Mistake, match="batch=8: expected a multiple of the 3 ranks"):
-        SampleStream(parts, batch=8, seed=0, rank=0, world=3)
+    with pytest.raises(Mistake, match="batch=8: 9 ranks need a sample each"):
+        SampleStream(parts, batch=8, seed=0, rank=0, world=9)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_any_number_of_ranks_shares_the_same_global_batches(parts, world):
+    alone = SampleStream(parts, batch=8, seed=0)
+    ranks = [SampleStream(parts, batch=8, seed=0, rank=rank, world=world) for rank in range(world)]
+    for _ in range(7):
+        shares = [next(rank).tokens for rank in ranks]
+        assert torch.cat(shares).equal(next(alone).tokens)
+        assert max(map(len, shares)) == -(-8 // world)
+        assert min(map(len, shares)) == 8 // world
+
+
+def test_a_batch_can_be_described_by_folder_and_number(parts):
+    stream = SampleStream(parts, batch=8, seed=0)
+    next(stream)
+    told = stream.describe(1)
+    found = {}
+    for piece in told.split("; "):
+        folder, numbers = piece.split(": ")
+        found |= {(folder, int(n)): read_samples(Path(folder), 1, int(n)).tokens[0].tolist() for n in numbers.split()}
+    assert len(found) <= 8
+    assert {tuple(row) for row in found.values()} == {tuple(row) for row in next(stream).tokens.tolist()}
 
 
 def test_an_empty_mixture_is_refused(parts):

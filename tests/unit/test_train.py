@@ -15,6 +15,7 @@ from train_support import (
     TOKENS_PER_STEP,
     After,
     Never,
+    load_student,
     make_run,
     metrics,
     run,
@@ -32,7 +33,7 @@ from xlstm_distill.runtime.stop import StopFlag
 from xlstm_distill.train.align import Alignment
 from xlstm_distill.train.distill import Distillation
 from xlstm_distill.train.loop import held_out_share
-from xlstm_distill.train.students import load_student, mixture
+from xlstm_distill.train.students import empty_student, mixture
 
 ROOT = Path(__file__).parents[2]
 STAGES = [("align", {}), ("distill", {}), ("distill", {"targets": "online", "loss": "full"})]
@@ -155,12 +156,12 @@ def gradients(jobs, stage, micro_batch):
         model.requires_grad_(False)
         for parameter in model.mixer_parameters().values():
             parameter.requires_grad_(True)
-        task = Alignment(model, replace(config.align, clip=0.0), strategy, {})
+        task = Alignment(model, replace(config.align, clip=0.0), config.adamw, strategy, {})
     else:
         from xlstm_distill.teacher.targets import cached_targets
 
-        task = Distillation(model, cached_targets, config.distill, strategy, {})
-    values = task.step(batch)
+        task = Distillation(model, cached_targets, config.distill, config.adamw, strategy, {})
+    values = task.gradients(batch)
     return values, {name: p.grad for name, p in task.parameters.items()}
 
 
@@ -210,7 +211,7 @@ def test_a_part_that_does_not_count_changes_no_sum(jobs):
     model.requires_grad_(False)
     for parameter in model.mixer_parameters().values():
         parameter.requires_grad_(True)
-    task = Alignment(model, config.align, strategy, {})
+    task = Alignment(model, config.align, config.adamw, strategy, {})
     batch = read_samples(jobs.parent / "shards/mine/train", 3)
     with GateRecorder(model) as gates:
         task._forward([(batch, True)], train=False)
@@ -246,7 +247,7 @@ def test_the_gates_on_held_out_text_are_facts_numbers_and_pictures(jobs, stage):
 
 def test_a_missing_student_and_missing_shards_are_one_line(jobs, tmp_path):
     with pytest.raises(Mistake, match="no student there"):
-        load_student(tmp_path)
+        empty_student(tmp_path)
     with pytest.raises(Mistake, match="no training shards for source mine"):
         mixture(SOURCES, tmp_path)
 

@@ -1,10 +1,12 @@
 """A run that can be trained in a second: a random Llama, shards of random tokens with uneven masks, job folders."""
 
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from model_support import VOCABULARY, tiny_teacher
 from safetensors.torch import load_file
 
@@ -23,6 +25,7 @@ from xlstm_distill.contract.schema import (
     Teacher,
 )
 from xlstm_distill.data.shards import sample, shard_writer
+from xlstm_distill.model import HybridForCausalLM
 from xlstm_distill.runtime.metrics import read_metrics
 from xlstm_distill.train import align, distill
 
@@ -102,21 +105,24 @@ def training_job(jobs: Path, name: str, stage: str, *, world: dict | None = None
 class Never:
     """A stop flag that nobody raises."""
 
-    def requested(self) -> bool:
-        return False
+    def requested(self, also: bool = False) -> bool:
+        return also
+
+    def expect(self, seconds: float) -> None: ...
 
     def check(self) -> None: ...
 
 
 class After(Never):
-    """A stop flag that is raised after so many steps."""
+    """A stop flag that is raised after so many steps; with `phase="validation"` at so many forwards of validations."""
 
-    def __init__(self, steps: int) -> None:
-        self.left = steps
+    def __init__(self, count: int, phase: str = "step") -> None:
+        self.left, self.phase = count, phase
 
-    def requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+    def requested(self, also: bool = False) -> bool:
+        if sys._getframe(1).f_locals["phase"] == self.phase:
+            self.left -= 1
+        return also or self.left < 0
 
 
 def run(folder: JobFolder, stop: Never | None = None) -> dict:
@@ -125,11 +131,21 @@ def run(folder: JobFolder, stop: Never | None = None) -> dict:
     return stage.run(folder, World(), stop or Never())  # type: ignore[arg-type]
 
 
+def load_student(folder: Path) -> HybridForCausalLM:
+    """Through transformers, as users do."""
+    return HybridForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def weights(folder: JobFolder) -> dict:
     """All tensors of the student that a job made."""
     return {k: v for f in (folder.output / "student").glob("*.safetensors") for k, v in load_file(f).items()}
 
 
 def metrics(folder: JobFolder) -> list[dict]:
-    """Records without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_s")} for r in read_metrics(folder.path)]
+    """Records without what depends on the clock or the machine."""
+    varies = ("time", "seconds", "tokens_per_s", "tokens_per_s_per_device", "mfu", "goodput", "restarts")
+    groups = ("time/", "memory/", "pace/")
+    return [
+        {k: v for k, v in record.items() if k not in varies and not k.startswith(groups)}
+        for record in read_metrics(folder.path)
+    ]

@@ -55,10 +55,12 @@ class World:
     element: int = 0
     """Index of this array element; it takes the pieces ≡ element mod elements."""
     elements: int = 1
+    local_size: int = 0
+    """Ranks on this node; 0: all of them."""
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, XDL_ELEMENT, XDL_ELEMENTS (absent: one rank, one element)."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, XDL_ELEMENT, XDL_ELEMENTS; absent: one."""
         number = lambda name, default: int(os.environ.get(name, str(default)))  # noqa: E731
         return cls(
             number("RANK", 0),
@@ -66,6 +68,7 @@ class World:
             number("LOCAL_RANK", 0),
             number("XDL_ELEMENT", 0),
             number("XDL_ELEMENTS", 1),
+            number("LOCAL_WORLD_SIZE", 0),
         )
 
 

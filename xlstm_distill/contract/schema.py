@@ -180,12 +180,6 @@ class Training:
     """What follows the linear warm-up."""
     warmup: float = 0.05
     """Fraction of the steps."""
-    weight_decay: float = 0.1
-    """AdamW, on matrices only."""
-    beta1: float = 0.9
-    """AdamW."""
-    beta2: float = 0.95
-    """AdamW."""
     clip: float = 1.0
     """Gradient norm (Stage I: of each layer); 0: off."""
     validate_every: int = 100
@@ -194,8 +188,34 @@ class Training:
     """Held-out sequences per validation, over all sources."""
     checkpoint_every: int = 100
     """Steps between checkpoints; one at the end besides."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The optimiser of both stages."""
+
+    weight_decay: float = 0.1
+    """On matrices only."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What keeps a long training right."""
+
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps stay besides; 0: none."""
+    stuck_seconds: float = 600.0
+    """A rank that makes no step for so long is named with its stack, and the job ends to be started again; 0: off."""
+    skip_limit: int = 5
+    """So many skipped steps in a row, for losses or gradients that are not finite, end the job."""
+    spike_sigma: float = 0.0
+    """Skip a step whose loss lies so many standard deviations above the mean of the last 128 steps; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -260,12 +280,18 @@ class Eval:
 class Strategy:
     """How a training step is spread. Never changes what is computed, up to rounding."""
 
-    name: Literal["auto", "single", "fsdp"] = "auto"
-    """`auto`: `single` for one rank, `fsdp` for more."""
+    name: Literal["auto", "single", "fsdp", "zero3"] = "auto"
+    """`auto`: `single` for one rank, `fsdp` for more; `zero3`: DeepSpeed. A checkpoint of one goes on under another."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the products; parameters, gradients' reduction and optimiser stay float32."""
+    shard: Literal["all", "node"] = "all"
+    """fsdp: over all ranks, or within each node with copies across nodes (hybrid sharding)."""
+    offload: bool = False
+    """zero3: parameters and optimiser state wait in host memory."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass."""
+    compile: bool = False
+    """torch.compile each decoder layer."""
     threads: int = 0
     """CPU threads per rank; 0: the cores divided by the ranks."""
 
@@ -344,6 +370,10 @@ class Config:
     """Stage I."""
     distill: Distill = field(default_factory=Distill)
     """Stage II."""
+    adamw: AdamW = field(default_factory=AdamW)
+    """Optimiser of both stages."""
+    guard: Guard = field(default_factory=Guard)
+    """Checkpoints kept, stuck ranks, sick numbers."""
     merge: Merge = field(default_factory=Merge)
     """Stage III."""
     eval: Eval = field(default_factory=Eval)

@@ -15,6 +15,10 @@ from xlstm_distill.contract.manifest import Manifest, read_manifest, verify_outp
 
 TRAINING = ("align", "distill")
 """Stages with checkpoints and a token budget."""
+MADE = (
+    "checkpoints", "output", "pieces", "tensorboard", "metrics.jsonl", "ledger.jsonl", "manifest.json", "inputs.json",
+)  # fmt: skip
+"""What a job leaves in its folder besides logs and what it was told."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def set_aside(path: Path) -> Path:
     while (aside := path / f"stale-{number}").exists():
         number += 1
     aside.mkdir(parents=True)
-    for name in ("checkpoints", "output", "pieces", "tensorboard", "metrics.jsonl", "manifest.json", "inputs.json"):
+    for name in MADE:
         if (path / name).exists():
             (path / name).rename(aside / name)
     return aside

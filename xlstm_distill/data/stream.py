@@ -104,17 +104,15 @@ class SampleStream:
         batch: samples of a global batch.
         seed: of choice and shuffle.
         rank: of this process.
-        world: number of processes; divides `batch`.
+        world: number of processes, at most `batch`; where they do not divide it, some get one sample more.
 
     Raises:
-        Mistake: a folder holds no shards, lengths differ, or `world` does not divide `batch`.
+        Mistake: a folder holds no shards, lengths differ, or there are more ranks than samples in a batch.
     """
 
     def __init__(self, parts: Sequence[Part], *, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if batch < 1 or batch % world:
-            raise Mistake(
-                f"batch={batch}: expected a multiple of the {world} ranks; change the batch or --gpus-per-node"
-            )
+        if batch < world:
+            raise Mistake(f"batch={batch}: {world} ranks need a sample each; change the batch or --gpus-per-node")
         self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
         self.parts = [part for part in parts if part.weight > 0]
         if not self.parts:
@@ -142,19 +140,27 @@ class SampleStream:
         return self
 
     def __next__(self) -> Batch:
-        share = self.batch // self.world
-        first = self.position + self.rank * share
-        samples = [self._sample(number) for number in range(first, first + share)]
+        first, end = (self.position + r * self.batch // self.world for r in (self.rank, self.rank + 1))
+        places = [self._place(number) for number in range(first, end)]
         self.position += self.batch
-        return collate(samples, self.parts[0].folder)
+        return collate([self.shards[part][index] for part, index in places], self.parts[0].folder)
 
-    def _sample(self, number: int) -> dict[str, Any]:
+    def describe(self, step: int) -> str:
+        """The samples of the global batch of `step` (from 0), for messages: `FOLDER: 3 7 …`, numbers within it."""
+        numbers: dict[str, list[str]] = {}
+        for number in range(step * self.batch, (step + 1) * self.batch):
+            part, index = self._place(number)
+            numbers.setdefault(str(self.parts[part].folder), []).append(str(index))
+        return "; ".join(f"{folder}: {' '.join(found)}" for folder, found in numbers.items())
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Part, and sample of it, of the mixture's sample `number`."""
         epoch, offset = divmod(number, self.mixture.epoch_size)
         if self._order[0] != epoch:
             self._order = (epoch, self.mixture.order(epoch))
         chosen = int(self._order[1][offset])
         part = int(np.searchsorted(self.mixture.ends, chosen, side="right"))
-        return self.shards[part][chosen - int(self.mixture.ends[part]) + len(self.shards[part])]
+        return part, chosen - int(self.mixture.ends[part]) + len(self.shards[part])
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch, and what it counts in. JSON values, the same on every rank."""

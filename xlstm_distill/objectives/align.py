@@ -5,6 +5,8 @@ inside its forward, so memory does not grow with depth. Teacher and student shar
 both.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,8 @@ class LayerAlignment:
     """Whether to run the backward pass."""
     counts: bool = True
     """Whether the positions count: False adds zeros to the sums and nothing to the gradients."""
+    clock: Callable[[str], AbstractContextManager[object]] = nullcontext
+    """Counts the time of the mixer's `forward` and `backward` apart from the stream's."""
     error: Tensor | None = None
     """Σ‖h − ĥ‖² since the last `reset`, float32 scalar."""
     norm: Tensor | None = None
@@ -44,10 +48,12 @@ class LayerAlignment:
             self._add(target.new_zeros((), dtype=torch.float32), target[:0])
             return target
         with torch.set_grad_enabled(self.train):
-            difference = target.float() - mixer.mix(projected, layout)
-            error = _real(difference, layout).square().sum()
+            with self.clock("forward"):
+                difference = target.float() - mixer.mix(projected, layout)
+                error = _real(difference, layout).square().sum()
             if self.train:
-                error.backward()
+                with self.clock("backward"):
+                    error.backward()
         self._add(error.detach(), _real(target, layout))
         return target
 

@@ -1,26 +1,34 @@
-"""One face for every way to spread a training step: process group, sharding, reduction, clipping.
+"""One face for every way to spread a training step: process group, sharding, reduction, clipping, the optimiser's step.
 
 A strategy never changes what is computed, up to rounding: losses are sums over the *global* batch divided by its count,
-and gradients are sums over ranks.
+and gradients are sums over ranks. Its training state is the same tensors under the same names (`parallel/state.py`), so
+a checkpoint of one strategy and world size goes on under any other.
 """
 
 import os
-from collections.abc import Iterable
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.job import World
+from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.schema import Strategy as Settings
+from xlstm_distill.parallel.load import materialise, read_weights
+from xlstm_distill.parallel.state import set_optimizer_step, training_state
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+Read = Callable[[dict[str, Tensor]], None]
+"""Fills tensors from a checkpoint, in place."""
 
 
 class Strategy:
-    """One process, one device: also the base of the others."""
+    """One process, one device: also the base of the others.
+
+    In the order of their use: `prepare` each model; `train` the one that has an optimiser; per step `backward` for each
+    micro-batch, `norm`, then `step` or `discard`; `close`.
+    """
 
     loss_factor = 1.0
     """Losses are multiplied by it before the backward pass, so that gradients come out as sums over ranks."""
@@ -33,19 +41,75 @@ class Strategy:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(settings.threads or _threads(world))
+        self.optimizer: torch.optim.Optimizer
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the products."""
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.settings.precision]
 
-    def prepare(self, model: nn.Module, replicated: Iterable[nn.Parameter] = ()) -> None:
-        """Move `model` (a causal LM with `model.layers`) to the device; shard it, but for `replicated`."""
-        model.to(self.device)
+    def prepare(self, model: nn.Module, weights: Path, replicated: Iterable[nn.Parameter] = ()) -> None:
+        """Make a causal LM with `model.layers`, built on the meta device, real: in the order compile, shard, read.
+
+        Activation checkpointing belongs to the layers' own `__call__` (transformers' GradientCheckpointingLayer), so it
+        stands outside of all of these: what is recomputed is the compiled, sharded layer. Compilation comes before
+        sharding, so that the hooks which gather a layer's parameters stay outside of its graphs.
+
+        Args:
+            model: its parameters are empty; buffers are real.
+            weights: Hugging Face folder; every rank reads only what it keeps.
+            replicated: parameters that stay whole on every rank.
+        """
+        if self.settings.compile and not replicated:  # Stage I runs its backward inside the layers
+            for layer in model.model.layers:  # type: ignore[union-attr]
+                layer.compile()
+        self._shard(model, set(replicated))
+        self._read(model, weights)
+
+    def _shard(self, model: nn.Module, replicated: set[nn.Parameter]) -> None:
+        """Nothing to share with nobody."""
+
+    def _read(self, model: nn.Module, weights: Path) -> None:
+        materialise(model, self.device)
+        read_weights(model, weights)
+
+    def train(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        """Take the optimiser of a prepared model; gradients are clipped to the global norm `max_norm` (0: never)."""
+        self.optimizer, self.max_norm = optimizer, max_norm
+        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def autocast(self) -> torch.autocast:
         """Context in which the products are computed in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of a micro-batch's share of the global loss; `last`: of this step. Collective."""
+        (loss * self.loss_factor).backward()
+
+    def norm(self) -> float:
+        """Global norm of the gradients of this step. Collective."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def step(self, norm: float) -> None:
+        """Clip the gradients, whose norm is `norm`, update the parameters and drop the gradients. Collective."""
+        if self.max_norm:
+            nn.utils.clip_grads_with_norm_(self._trained, self.max_norm, torch.tensor(norm, device=self.device))
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad()
+
+    def training_state(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """What a checkpoint holds of the trained `parameters`: see `parallel/state.py`. Collective."""
+        return training_state(parameters, self.optimizer)
+
+    def load_training_state(self, parameters: Mapping[str, nn.Parameter], read: Read, updates: int) -> None:
+        """Go on from a checkpoint after so many updates, whatever strategy wrote it. Collective."""
+        read(training_state(parameters, self.optimizer))
+        set_optimizer_step(self.optimizer, updates)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -54,14 +118,13 @@ class Strategy:
     def barrier(self) -> None:
         """Wait for every rank."""
 
-    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> float:
-        """Clip the gradient's global norm (0: only measure it); returns the norm before."""
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
     def full(self, value: Tensor) -> Tensor:
         """The whole of a parameter, on the CPU. Collective."""
         return value.detach().cpu()
+
+    def describe(self) -> dict[str, Any]:
+        """What the job folder says of it."""
+        return {"strategy": self.settings.name, "ranks": self.world.size}
 
     def close(self) -> None:
         """Leave the process group."""
@@ -73,25 +136,29 @@ def _threads(world: World) -> int:
     return int(given) if given.isdigit() and int(given) else max(1, len(os.sched_getaffinity(0)) // world.size)
 
 
-def make_strategy(settings: Settings, world: World) -> Strategy:
+def make_strategy(settings: Settings, world: World, folder: JobFolder | None = None) -> Strategy:
     """The strategy that `settings.name` means for this world.
 
+    Args:
+        settings: name, precision, sharding.
+        world: this process among its ranks.
+        folder: of the job, if there is one: gets what libraries were told (`deepspeed.json`), and its
+            `guard.stuck_seconds` says how long a collective may take.
+
     Raises:
-        Mistake: `single` with more than one rank.
+        Mistake: `single` with more than one rank; DeepSpeed is not installed.
     """
     from xlstm_distill.parallel.fsdp import FullySharded
 
+    # A little more than the watchdog waits: it speaks first, and names the rank.
+    stuck = folder.config.guard.stuck_seconds if folder else 0.0
+    timeout = stuck + 60 if stuck else 0.0
     if settings.name == "single" and world.size > 1:
         raise Mistake(f"strategy.name=single: {world.size} ranks were started; use strategy.name=fsdp or one GPU")
+    if settings.name == "zero3":
+        from xlstm_distill.parallel.zero3 import ZeRO3
+
+        return ZeRO3(settings, world, timeout, folder)
     if settings.name == "fsdp" or world.size > 1:
-        return FullySharded(settings, world)
+        return FullySharded(settings, world, timeout)
     return Strategy(settings, world)
-
-
-def join(world: World) -> None:
-    """Join the process group of this job: NCCL where there are GPUs, else gloo. Alone: a group of one, by a file."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if world.size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
-    else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)

@@ -7,10 +7,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from xlstm_distill.contract.files import read_lines
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
+
+FLUSH_SECONDS = 10
+"""Until TensorBoard's events are on disk: as much of its curves does a kill cost. `metrics.jsonl` loses nothing."""
 
 
 class Metrics:
@@ -48,7 +53,9 @@ class Metrics:
             from torch.utils import tensorboard as boards
 
             self._board = boards.SummaryWriter(
-                str(folder / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1
+                str(folder / "tensorboard"),
+                purge_step=None if resume_at is None else resume_at + 1,
+                flush_secs=FLUSH_SECONDS,
             )
 
     def log(self, step: int, values: Mapping[str, float] | None = None) -> None:
@@ -57,9 +64,12 @@ class Metrics:
             return
         record = {"time": round(time.time(), 3), "step": step, "total": self.total, **(values or {})}
         self._file.write(json.dumps(record) + "\n")
-        if self._board:
-            for name, value in (values or {}).items():
-                self._board.add_scalar(name, value, step)
+        if self._board and values:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            # All numbers of a step as one event: 0.2 ms for 60 of them, where add_scalar for each takes 3.5.
+            numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            self._board.file_writer.add_summary(Summary(value=numbers), step)  # type: ignore[attr-defined]
 
     def image(self, name: str, step: int, draw: "Callable[[], NDArray[np.uint8] | None]") -> None:
         """Record in TensorBoard the image [height, width, 3] that `draw` makes, if it makes one.
@@ -68,6 +78,11 @@ class Metrics:
         """
         if self._board and (image := draw()) is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
+
+    def text(self, name: str, step: int, markdown: str) -> None:
+        """Record a text in TensorBoard."""
+        if self._board:
+            self._board.add_text(name, markdown, step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -87,17 +102,7 @@ class Metrics:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The records of a job's `metrics.jsonl`; a last line that a kill cut short is left out."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    return read_lines(folder / "metrics.jsonl")
 
 
 def keep_until(path: Path, step: int) -> None:

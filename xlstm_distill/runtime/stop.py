@@ -23,9 +23,9 @@ class StopFlag:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
 
-    def requested(self) -> bool:
-        """Whether any rank was asked to stop. Collective: all ranks call it, at the same points."""
-        mine = self.signalled or self.stop_file.exists()
+    def requested(self, also: bool = False) -> bool:
+        """Whether any rank was asked to stop, or `also`. Collective: all ranks call it, at the same points."""
+        mine = also or self.signalled or self.stop_file.exists()
         import torch
         import torch.distributed as dist
 

@@ -13,6 +13,7 @@ from xlstm_distill.contract.schema import Config, Distill
 from xlstm_distill.data.stream import Batch
 from xlstm_distill.model.layout import make_layout
 from xlstm_distill.objectives.distill import DenseTargets, SparseTargets, Targets
+from xlstm_distill.parallel.load import empty_model
 from xlstm_distill.parallel.strategy import Strategy
 
 TargetSource = Callable[[Batch], Targets]
@@ -51,8 +52,8 @@ class OnlineTargets:
 
     def __init__(self, teacher: Path, settings: Distill, top_k: int, strategy: Strategy, split: bool = False) -> None:
         self.settings, self.top_k, self.strategy, self.split = settings, top_k, strategy, split
-        self.model = load_teacher(teacher)
-        strategy.prepare(self.model)
+        self.model = empty_teacher(teacher)
+        strategy.prepare(self.model, teacher)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Targets:
@@ -106,6 +107,15 @@ def load_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+
+
+def empty_teacher(folder: Path) -> Any:
+    """The same in float32, its weights still to be read (`Strategy.prepare`)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    model = empty_model(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    return model.eval().requires_grad_(False)
 
 
 def expected_index(fetched: Path, top_k: int) -> dict[str, Any]:

@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import folder_atomic
 from xlstm_distill.contract.job import JobFolder, World
-from xlstm_distill.contract.schema import Align
+from xlstm_distill.contract.schema import AdamW, Align
 from xlstm_distill.data.stream import Batch, SampleStream, read_samples
 from xlstm_distill.model import HybridForCausalLM, convert
 from xlstm_distill.objectives.align import LayerAlignment
-from xlstm_distill.parallel.strategy import Strategy, make_strategy
+from xlstm_distill.parallel.state import set_optimizer_step, training_state
+from xlstm_distill.parallel.strategy import Read, Strategy, make_strategy
+from xlstm_distill.runtime.clock import Clock
 from xlstm_distill.runtime.stop import StopFlag
 from xlstm_distill.train import checkpoint
 from xlstm_distill.train.gates import HeldOutGates, gate_facts
-from xlstm_distill.train.loop import Task, held_out_share, micro_batches, train
+from xlstm_distill.train.loop import Poll, Task, held_out_share, micro_batches, polled, train
 from xlstm_distill.train.optim import make_optimizer
 from xlstm_distill.train.students import (
     check_kernel,
-    load_student,
+    empty_student,
+    flops_per_token,
     mixture,
     save_student,
     student_choices,
@@ -39,25 +42,53 @@ class Alignment(Task):
     """
 
     def __init__(
-        self, model: HybridForCausalLM, settings: Align, strategy: Strategy, validation: dict[str, Batch]
+        self,
+        model: HybridForCausalLM,
+        settings: Align,
+        adamw: AdamW,
+        strategy: Strategy,
+        validation: dict[str, Batch],
     ) -> None:
         self.model, self.settings, self.strategy, self.validation = model, settings, strategy, validation
         self.parameters = {name: p for name, p in model.mixer_parameters().items() if p.requires_grad}
         self.layers = [[p for p in m.parameters() if p.requires_grad] for m in model.mixers]
-        self.objectives = [LayerAlignment(train=True) for _ in model.mixers]
+        self.clock = Clock(strategy.device)
+        self.objectives = [LayerAlignment(train=True, clock=self.clock) for _ in model.mixers]
         for mixer, objective in zip(model.mixers, self.objectives, strict=True):
             mixer.objective = objective
-        self.optimizer = make_optimizer({settings.lr: self.parameters}, settings)
+        self.optimizer = make_optimizer({settings.lr: self.parameters}, adamw)
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One step on this rank's share of the global batch."""
-        self.optimizer.zero_grad()
-        self._forward(((part, True) for part in micro_batches(batch, self.settings.micro_batch)), train=True)
+    def gradients(self, batch: Batch) -> dict[str, float]:
+        """Relative error of each layer on the global batch, and its gradient; `grad_norm` is that of all layers."""
+        settings = self.settings
+        most = -(-settings.batch // self.strategy.world.size)
+        self._forward(micro_batches(batch, settings.micro_batch, most), train=True)
         errors = self._reduce_gradients()
-        for parameters in self.layers:
-            nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
+        self._norms = [nn.utils.get_total_norm([p.grad for p in layer if p.grad is not None]) for layer in self.layers]
+        per_layer = {f"loss_layer/{n}": e for n, e in enumerate(errors.tolist())}
+        norm = float(torch.stack(self._norms).norm())
+        return {"loss": float(errors.mean()), "loss/worst_layer": float(errors.max()), "grad_norm": norm, **per_layer}
+
+    def update(self) -> None:
+        """Clip each layer's gradient by itself, one step of the optimiser."""
+        if self.settings.clip:
+            for layer, norm in zip(self.layers, self._norms, strict=True):
+                nn.utils.clip_grads_with_norm_(layer, self.settings.clip, norm)
         self.optimizer.step()
-        return {"loss": float(errors.mean()), "loss/worst_layer": float(errors.max())}
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad()
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The mixers are no matter of the strategy: plain tensors, the same on all ranks."""
+        return training_state(self.parameters, self.optimizer)
+
+    def load_training_state(self, read: Read, updates: int) -> None:
+        """The reverse."""
+        read(self.training_state())
+        set_optimizer_step(self.optimizer, updates)
 
     def _forward(self, parts: Iterable[tuple[Batch, bool]], *, train: bool) -> None:
         """Sums over the parts that count."""
@@ -68,14 +99,15 @@ class Alignment(Task):
             for objective in self.objectives:
                 objective.counts = counts
             tokens = part.tokens[:, :-1].to(self.strategy.device)
-            with torch.no_grad(), self.strategy.autocast():
+            with self.clock("teacher"), torch.no_grad(), self.strategy.autocast():
                 self.model(input_ids=tokens, document_ids=part.document[:, :-1].to(tokens.device), objective=_no_loss)
 
     def _reduce_gradients(self) -> Tensor:
         """Sum gradients, ‖h − ĥ‖² and ‖h‖² over ranks in one flat all-reduce, divide; relative error [layers]."""
         sums = self._sums()
-        gradients = [p.grad for parameters in self.layers for p in parameters]
-        flat = torch.cat([sums.flatten(), *(g.flatten() for g in gradients if g is not None)])
+        trained = [p for parameters in self.layers for p in parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flat = torch.cat([sums.flatten(), *(g.flatten() for g in gradients)])
         flat = self.strategy.sum(flat)
         errors, norms = flat[: sums.numel()].view_as(sums)
         offset = sums.numel()
@@ -91,13 +123,14 @@ class Alignment(Task):
         norms = torch.stack([o.norm for o in self.objectives if o.norm is not None])
         return torch.stack([errors, norms])
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, poll: Poll) -> dict[str, float]:
         """Relative error per layer, ‖h − ĥ‖²/‖h‖² over the held-out samples, which the ranks share."""
         totals = None
         gates = HeldOutGates(self.model)
         for batch in self.validation.values():
             with gates.recording():
-                self._forward(held_out_share(batch, self.settings.micro_batch, self.strategy.world), train=False)
+                parts = held_out_share(batch, self.settings.micro_batch, self.strategy.world)
+                self._forward(polled(parts, poll), train=False)
             sums = self._sums()
             totals = sums if totals is None else totals + sums
         assert totals is not None
@@ -115,18 +148,17 @@ def _no_loss(hidden: Tensor, head_weight: Tensor) -> Tensor:
 def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     """Convert and align. Output: `initial/` (untrained) and `student/` (aligned)."""
     config = folder.config
-    strategy = make_strategy(config.strategy, world)
+    strategy = make_strategy(config.strategy, world, folder)
     initial = folder.output / "initial"
     if world.rank == 0 and not (initial.exists() and checkpoint.latest(folder.checkpoints)):
         make_initial(folder.input("fetch") / "teacher", initial, student_choices(config))
     strategy.barrier()
-    model = load_student(initial, kernel=config.model.kernel)
+    model = empty_student(initial, kernel=config.model.kernel)
     model.requires_grad_(False)
     new, idle = model.mixer_parameters(), model.idle_parameters()
+    strategy.prepare(model, initial, replicated=new.values())
     for name, parameter in new.items():
-        parameter.data = parameter.data.float()
         parameter.requires_grad_(name not in idle)
-    strategy.prepare(model, replicated=new.values())
     check_kernel(model, strategy)
     tokens = token_folder(folder)
     stream = SampleStream(
@@ -138,8 +170,9 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     )
     count = max(world.size, config.align.validation_samples // len(config.data.sources))
     validation = {name: read_samples(tokens / name / "validation", count) for name in config.data.sources}
-    task = Alignment(model, config.align, strategy, validation)
-    facts = train(task, stream, config.align, config.data.sequence, folder, strategy, stop)
+    task = Alignment(model, config.align, config.adamw, strategy, validation)
+    task.flops = flops_per_token("align", model, config.data.sequence)
+    facts = train(task, stream, config.align, folder, strategy, stop)
     save_student(model, initial, folder.output / "student", strategy)
     facts |= alignment_facts(facts.pop("validation")) | gate_facts(task.gates)
     strategy.close()

@@ -1,121 +1,327 @@
-"""Checkpoints: written beside, flushed, hashed, renamed; `latest` moves only when the new one is durable.
+"""Checkpoints: copied in memory, then written in the background beside, flushed, hashed, renamed; verified when read.
 
-    checkpoints/latest           name of the newest whole checkpoint
+    checkpoints/latest           name of the newest checkpoint; moves only when that one is durable
     checkpoints/step-N/          DCP files of row-sharded tensors, state.json, hashes.json (xxh64 of each file)
+    checkpoints/.step-N*.tmp/    being written or removed; what a killed process left goes at the next save
 
-DCP's `.metadata` is a pickle: no file is read before its hash was compared.
+A folder gets and loses the name step-N by a rename, so it is whole or absent. DCP's `.metadata` is a pickle: no file is
+read before its hash was compared.
 """
 
 import json
+import os
+import re
 import shutil
+import sys
+import threading
+import time
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import hash_file, sync, write_atomic, write_json
 
-HASHES = "hashes.json"
+T = TypeVar("T")
+LATEST, HASHES, STATE = "latest", "hashes.json", "state.json"
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> None:
-    """Save a checkpoint of `step`. Collective.
+class Checkpoints:
+    """Writes the checkpoints of one training, one at a time, while its steps go on.
 
-    Args:
-        folder: the job's `checkpoints/`.
-        step: steps made.
-        tensors: plain tensors or DTensors by name.
-        state: JSON values (data position, identity, …).
-        keep: number of newest checkpoints that stay.
-
-    Raises:
-        Mistake: the disk is full or the folder cannot be written; the earlier checkpoints are intact.
+    The writing thread speaks to other ranks through a process group of its own, so that its collectives cannot meet
+    those of the steps. Whatever fails on one rank is known to all of them.
     """
-    beside, final = folder / f".step-{step}.tmp", folder / f"step-{step}"
-    lead = _rank() == 0
-    try:
-        if lead:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        _barrier()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP says at every save that no process group is used
-            dcp.save(dict(tensors), checkpoint_id=str(beside), no_dist=not _distributed())
-        if lead:
-            write_json(beside / "state.json", {"step": step, **state})
-            _make_durable(beside, final)
-            write_atomic(folder / "latest", final.name)
-            _prune(folder, keep)
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise Mistake(
-            f"{final}: the checkpoint could not be written ({_cause(error)}); the earlier ones are intact"
-        ) from error
-    _barrier()
+
+    last_seconds = 0.0
+    """From the end of the last save's copying until it was durable."""
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        """Collective.
+
+        Args:
+            folder: the job's `checkpoints/`.
+            keep: number of newest checkpoints that stay.
+            keep_every: besides them stays each whose step is a multiple of it; 0: none.
+        """
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self._group = dist.new_group(backend="gloo") if _distributed() else None
+        self._copies: dict[str, Tensor] = {}
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy `tensors` and write them in the background; the step that `latest` names already stays as it is.
+
+        Waits for an earlier save first. Collective.
+
+        Args:
+            step: steps made.
+            tensors: plain tensors (the same on all ranks; written once) or DTensors by name. They may change as soon as
+                this returns.
+            state: JSON values (data position, identity, …).
+
+        Raises:
+            Mistake: the earlier save failed.
+        """
+        self.wait()
+        text = json.dumps({"step": step, **state}, indent=2, ensure_ascii=False) + "\n"
+        self._copy(tensors)
+        self._writer = threading.Thread(target=self._run, args=(step, tensors, text), name=f"checkpoint of step {step}")
+        self._writer.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed in the background, as far as this rank knows by now; `wait` says how."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Return when the last save is durable. Collective.
+
+        Raises:
+            Mistake: it could not be written (disk full, folder read-only, …); the same on every rank.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    @torch.no_grad()
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        """This rank's parts into `_copies`, which are kept from save to save: fresh memory costs page faults."""
+        parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+        self._copies = {name: _room(part, self._copies.get(name)) for name, part in parts.items()}
+        for name, part in parts.items():
+            self._copies[name].copy_(part, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _run(self, step: int, tensors: dict[str, Tensor], state: str) -> None:
+        """The background thread."""
+        began = time.monotonic()
+        try:
+            _step_aside()
+            self._write(step, tensors, state)
+        except (_Unwritten, CheckpointException) as error:
+            line = f"the checkpoint could not be written ({_cause(error)}); the earlier ones are intact"
+            self._error = Mistake(f"{self.folder / f'step-{step}'}: {line}")
+        except BaseException as error:  # other ranks are gone: the process ends with this, and is started again
+            self._error = error
+        self.last_seconds = time.monotonic() - began
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: str) -> None:
+        beside, final = self.folder / f".step-{step}.tmp", self.folder / f"step-{step}"
+        if not self._on_lead(lambda: self._begin(beside, final)):
+            return
+        try:
+            writer, planner = _Writer(beside), _FromCopies(self._copies)
+            dcp.save(
+                tensors, storage_writer=writer, planner=planner, process_group=self._group, no_dist=not self._group
+            )
+            hashes = self._together(lambda: {p.name: hash_file(p) for p in sorted(beside.glob(f"__{_rank()}_*"))})
+            known = {name: value for part in hashes for name, value in part.items()}
+            self._on_lead(lambda: self._publish(beside, final, state, known))
+        except BaseException:
+            if _rank() == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gave on every rank. When it failed on one, that is raised on all: none waits for ever."""
+        mine: T | _Unwritten
+        try:
+            mine = work()
+        except Exception as error:
+            mine = _Unwritten(_cause(error))
+        results = [mine]
+        if self._group:
+            results = results * dist.get_world_size(self._group)
+            dist.all_gather_object(results, mine, group=self._group)
+        if failures := [result for result in results if isinstance(result, _Unwritten)]:
+            raise failures[0]
+        return results  # type: ignore[return-value]
+
+    def _on_lead(self, work: Callable[[], T]) -> T | None:
+        """What `work` gave on rank 0, on every rank."""
+        return self._together(lambda: work() if _rank() == 0 else None)[0]
+
+    def _begin(self, beside: Path, final: Path) -> bool:
+        """Make the folder to write to; False if the checkpoint is there already."""
+        if latest(self.folder) == final and final.is_dir():
+            return False
+        for left in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(left)
+        beside.mkdir(parents=True)
+        return True
+
+    def _publish(self, beside: Path, final: Path, state: str, hashes: dict[str, str]) -> None:
+        """The last steps, in the order that makes a kill between any two of them harmless. DCP flushed its files."""
+        write_atomic(beside / STATE, state)
+        rest = sorted(p for p in beside.iterdir() if p.name not in hashes)
+        write_json(beside / HASHES, hashes | {p.name: hash_file(p) for p in rest})
+        if final.exists():  # `latest` names an older one: the training had gone back
+            _remove(final)
+        beside.replace(final)
+        sync(self.folder)
+        write_atomic(self.folder / LATEST, final.name)
+        _prune(self.folder, int(final.name.removeprefix("step-")), self.keep, self.keep_every)
+
+
+class _Unwritten(Exception):
+    """Why a checkpoint could not be written."""
+
+
+class _FromCopies(DefaultSavePlanner):
+    """Plans by shapes and placements of the tensors that train, and writes their copies."""
+
+    def __init__(self, copies: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._copies[index.fqn]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's, flushing its files; what the operating system said of a failure comes through torch.save."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, per_thread_copy_ahead=0)  # the copies are on the host: no CUDA stream is needed
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # three quarters of the time; the files get a hash
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise _origin(error) from error
+        finally:
+            torch.serialization.set_crc32_options(checksums)
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The OSError that led to `error`, if there is one: torch.save then says only that a size differs."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            return found
+        found = found.__cause__ or found.__context__
+    return error
+
+
+def _room(part: Tensor, before: Tensor | None) -> Tensor:
+    """Memory of the host for a copy of `part`: that of its copy `before`, if it fits."""
+    if before is not None and (before.shape, before.dtype) == (part.shape, part.dtype):
+        return before
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+
+
+def _step_aside() -> None:
+    """Leave the processors to the step: the lowest priority for this thread (on Linux threads have their own)."""
+    if sys.platform == "linux":
+        with suppress(OSError):  # not allowed in some sandboxes
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # real-time classes know no nice
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong on the first failing rank: DCP wraps every rank's failure."""
+    """What went wrong on the first failing rank, in one line: DCP wraps every rank's failure."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _make_durable(beside: Path, final: Path) -> None:
-    files = sorted(p for p in beside.rglob("*") if p.is_file())
-    write_json(beside / HASHES, {p.relative_to(beside).as_posix(): hash_file(p) for p in files})
-    for file in files:
-        sync(file)
-    sync(beside)
-    if final.exists():
-        shutil.rmtree(final)
-    beside.replace(final)
-    sync(final.parent)
+def _prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
+    """Remove what need not stay of the checkpoints up to `step`, the newest; later ones are a future gone back on."""
+    earlier = sorted(number for number in _steps(folder) if number <= step)
+    for number in earlier[: -max(1, keep)]:
+        if not (keep_every and number % keep_every == 0):
+            with suppress(OSError):  # tried again at the next save
+                _remove(folder / f"step-{number}")
 
 
-def _prune(folder: Path, keep: int) -> None:
-    numbered = sorted((int(p.name.removeprefix("step-")), p) for p in folder.glob("step-*"))
-    for _, old in numbered[: -max(1, keep)]:
-        shutil.rmtree(old)
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints by step."""
+    found = {p: re.fullmatch(r"step-(\d+)", p.name) for p in folder.glob("step-*")}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename first: half a folder must not bear a checkpoint's name."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    checkpoint.replace(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
     try:
-        return folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        return folder / (folder / LATEST).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint, after every file of it was compared with its hash.
+    """`state.json` of a checkpoint, after every file of it was compared with its hash. Collective.
 
     Raises:
-        Mistake: a file is missing or was changed.
+        Mistake: a file is missing or was changed; the same on every rank.
     """
+    if not (damage := _damage(checkpoint)):
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    others = (path for _, path in sorted(_steps(checkpoint.parent).items(), reverse=True) if path != checkpoint)
+    if whole := next((path for path in others if not _damage(path)), None):
+        raise Mistake(
+            f"{damage}; {whole.name} is whole: write its name into {checkpoint.parent / LATEST} to go on from it"
+        )
+    raise Mistake(f"{damage}, and no other checkpoint is whole; remove {checkpoint.parent} to begin again")
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, the same on every rank; empty: nothing. Each rank reads a share of the files."""
+    mine = _damage_of_share(checkpoint)
+    if not _distributed():
+        return mine
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return next(filter(None, found), "")
+
+
+def _damage_of_share(checkpoint: Path) -> str:
     try:
         hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Mistake(
-            f"{checkpoint}: not a whole checkpoint ({error}); remove it to go on from an older one"
-        ) from error
-    for name, expected in hashes.items():
+        return f"{checkpoint}: not a whole checkpoint ({error})"
+    ranks = dist.get_world_size() if _distributed() else 1
+    for name in sorted(hashes)[_rank() :: ranks]:
         file = checkpoint / name
-        if not file.is_file() or hash_file(file) != expected:
-            raise Mistake(f"{file}: missing or damaged; put an older step-N into {checkpoint.parent}/latest")
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        if not file.is_file() or hash_file(file) != hashes[name]:
+            return f"{file}: missing or damaged"
+    return ""
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Read into `tensors`, whatever the number of ranks that saved. Call `read_state` first. Collective."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=not _distributed())
+    dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=not _distributed())
 
 
 def _distributed() -> bool:
@@ -124,8 +330,3 @@ def _distributed() -> bool:
 
 def _rank() -> int:
     return dist.get_rank() if _distributed() else 0
-
-
-def _barrier() -> None:
-    if _distributed():
-        dist.barrier()

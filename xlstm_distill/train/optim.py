@@ -1,15 +1,15 @@
-"""AdamW with decay on matrices only, the learning-rate schedule, and the optimiser's state by parameter name."""
+"""AdamW with decay on matrices only, and the learning-rate schedule."""
 
 import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from xlstm_distill.contract.schema import Training
+from xlstm_distill.contract.schema import AdamW, Training
 
 
-def make_optimizer(groups: Mapping[float, Mapping[str, nn.Parameter]], settings: Training) -> torch.optim.AdamW:
+def make_optimizer(groups: Mapping[float, Mapping[str, nn.Parameter]], settings: AdamW) -> torch.optim.AdamW:
     """AdamW over `{peak learning rate: {name: parameter}}`; weight decay on parameters of two or more dimensions."""
     split = []
     for lr, parameters in groups.items():
@@ -38,25 +38,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, s
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, group["peak"], settings)
     return float(optimizer.param_groups[0]["lr"])
-
-
-def training_state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Parameters and AdamW's moments under flat names, as the tensors themselves: loading writes into them.
-
-    Moments that do not exist yet (before the first step) are created as zeros.
-    """
-    state: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        own = optimizer.state[parameter]
-        if not own:
-            own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state[f"parameter.{name}"] = parameter.detach()
-        state[f"exp_avg.{name}"], state[f"exp_avg_sq.{name}"] = own["exp_avg"], own["exp_avg_sq"]
-    return state
-
-
-def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Tell AdamW how many steps it has made (its bias correction)."""
-    for own in optimizer.state.values():
-        own["step"].fill_(float(step))

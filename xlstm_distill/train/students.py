@@ -3,19 +3,22 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import folder_atomic
+from xlstm_distill.contract.flops import StepFlops, step_flops
 from xlstm_distill.contract.job import JobFolder
-from xlstm_distill.contract.schema import Config, Source
+from xlstm_distill.contract.schema import Config, Source, Teacher
 from xlstm_distill.data.stream import Part
-from xlstm_distill.model import HybridForCausalLM
+from xlstm_distill.model import HybridConfig, HybridForCausalLM
 from xlstm_distill.model.kernel import check, name_of
+from xlstm_distill.parallel.load import empty_model
 from xlstm_distill.parallel.strategy import Strategy
 
 SHARD_BYTES = 4 << 30
@@ -27,15 +30,31 @@ def student_choices(config: Config) -> dict[str, Any]:
     return {name: value for name, value in vars(student).items() if name != "init_from"}
 
 
-def load_student(folder: Path, dtype: torch.dtype = torch.float32, kernel: str = "auto") -> HybridForCausalLM:
-    """The student in `folder`, for training: evaluation mode, no cache; `kernel` computes its mLSTM.
+def empty_student(folder: Path, kernel: str = "auto") -> HybridForCausalLM:
+    """The student in `folder`, for training: its weights are still to be read (`Strategy.prepare`); evaluation mode;
+    `kernel` computes its mLSTM.
 
     Raises:
         Mistake: there is no student there.
     """
     if not (folder / "config.json").exists():
         raise Mistake(f"{folder}: no student there (no config.json)")
-    return HybridForCausalLM.from_pretrained(folder, dtype=dtype, kernel=kernel).eval()
+    config = HybridConfig.from_pretrained(folder, dtype=torch.float32, kernel=kernel)
+    return empty_model(lambda: HybridForCausalLM(config)).eval()
+
+
+def flops_per_token(
+    stage: Literal["align", "distill"], model: HybridForCausalLM, sequence: int, *, online: bool = False
+) -> StepFlops:
+    """`contract.flops.step_flops` of this very model."""
+    base, config = model.config.base, model.config
+    names = [field.name for field in fields(Teacher) if isinstance(getattr(base, field.name, None), int)]
+    shape = Teacher(
+        **{"name": "", "family": base.model_type, "source": "folder", "path": ""}
+        | {name: getattr(base, name) for name in names}
+        | {"head_dim": config.head_dim}
+    )
+    return step_flops(stage, shape, config, sequence, online=online)
 
 
 def check_kernel(model: HybridForCausalLM, strategy: Strategy) -> None:

@@ -1,0 +1,142 @@
+"""What a checkpoint costs the step that runs meanwhile.
+
+    python benchmarks/checkpoint.py [--tokens 512] [--rounds 8] [--folder DIR]
+
+A student of SmolLM2-135M's shape with random weights makes Stage II steps (forward, loss against random sparse targets,
+backward, AdamW; float32). Normal steps and steps with a save in flight take turns in one run; the latter include the
+copying that `save` does before it returns. Medians; the first save, whose copies meet fresh memory, stands apart.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from xlstm_distill.contract.schema import AdamW
+from xlstm_distill.model import HybridForCausalLM
+from xlstm_distill.model.configuration import HybridConfig
+from xlstm_distill.objectives.distill import SparseTargets, distillation_loss
+from xlstm_distill.parallel.state import training_state
+from xlstm_distill.train.checkpoint import Checkpoints
+from xlstm_distill.train.optim import make_optimizer
+
+SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+TOP_K = 32
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        result = measure(Path(folder), options.tokens, options.rounds)
+    print_table(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+
+
+def measure(folder: Path, tokens: int, rounds: int) -> dict[str, float]:
+    """Seconds of normal steps, of steps with a save, of the save's parts; bytes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step, state = make_step(tokens, device)
+    checkpoints = Checkpoints(folder, keep=1)
+    normal, during, copying, writing = ([] for _ in range(4))
+    step(), step()
+    for number in range(rounds + 1):
+        normal.append(timed(step))
+        before = time.perf_counter()
+        copying.append(timed(partial(checkpoints.save, number, state(), {})))
+        step()
+        during.append(time.perf_counter() - before)
+        checkpoints.wait()
+        writing.append(checkpoints.last_seconds)
+    size = sum(file.stat().st_size for file in (folder / f"step-{rounds}").iterdir())
+    usual = statistics.median(normal)
+    return {
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "bytes": size,
+        "normal": usual,
+        "during": statistics.median(during[1:]),
+        "ratio": statistics.median(during[1:]) / usual,
+        "worst": max(during[1:]) / usual,
+        "copying": statistics.median(copying[1:]),
+        "writing": statistics.median(writing[1:]),
+        "first": during[0] / usual,
+        "first_copying": copying[0],
+    }
+
+
+def make_step(tokens: int, device: torch.device) -> tuple[Callable[[], None], Callable[[], dict[str, Tensor]]]:
+    """A training step that ends when the device has finished it, and what a checkpoint holds."""
+    torch.manual_seed(0)
+    config = HybridConfig(AutoConfig.for_model("llama", **SMOLLM2), window=64, sinks=4)
+    model = HybridForCausalLM(config).to(device)
+    parameters = {name: p for name, p in model.named_parameters() if name not in model.idle_parameters()}
+    optimizer = make_optimizer({1e-4: parameters}, AdamW())
+    ids = torch.randint(config.vocab_size, (1, tokens + 1), device=device)
+    objective = random_objective(ids[0, 1:], config.vocab_size)
+
+    def step() -> None:
+        model(input_ids=ids[:, :-1], objective=objective).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step, lambda: training_state(parameters, optimizer)
+
+
+def random_objective(labels: Tensor, vocabulary: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Stage II's loss at the paper's weights, against targets that no teacher gave."""
+    count = len(labels)
+    scores, ids = torch.randn(count, vocabulary, device=labels.device).log_softmax(-1).topk(TOP_K)
+    targets = SparseTargets(ids, scores, (-scores.exp().sum(-1)).log1p())
+    weights = torch.full((count,), 1 / count, device=labels.device)
+
+    def objective(hidden: Tensor, head_weight: Tensor) -> Tensor:
+        flat = hidden.flatten(0, 1)
+        return distillation_loss(
+            flat, head_weight, labels, weights, targets, kind="topk_tail", gamma=0.9, beta=0.1
+        ).loss
+
+    return objective
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds."""
+    before = time.perf_counter()
+    work()
+    return time.perf_counter() - before
+
+
+def print_table(result: dict[str, float]) -> None:
+    """One line per figure."""
+    print(f"{result['threads']} threads, {result['tokens']} tokens, {result['bytes'] / 1e9:.2f} GB per checkpoint")
+    print(f"normal step            {result['normal']:7.3f} s")
+    print(
+        f"step with a save       {result['during']:7.3f} s   {result['ratio']:.3f}x (target: 1.15), worst {result['worst']:.3f}x"
+    )
+    print(f"  of which copying     {result['copying']:7.3f} s")
+    print(f"written after          {result['writing']:7.3f} s more, in the background")
+    print(f"first save: step {result['first']:.3f}x, copying {result['first_copying']:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
