@@ -25,6 +25,7 @@ from train_support import (
 
 from xlstm_distill.contract.exitcode import Mistake, Stopped
 from xlstm_distill.contract.job import JobFolder, World
+from xlstm_distill.contract.schema import Guard
 from xlstm_distill.data.stream import SampleStream, read_samples
 from xlstm_distill.model.gates import GateRecorder
 from xlstm_distill.objectives.align import LayerAlignment
@@ -272,3 +273,71 @@ def test_killed_at_any_moment_and_started_again_it_ends_the_same(jobs, stage):
     run(killed, Never())
     torch.testing.assert_close(weights(killed), weights(whole), rtol=0, atol=0)
     assert metrics(killed) == metrics(whole)
+
+
+def poison(monkeypatch, steps):
+    """Shards whose samples make the loss NaN: what the teacher said of these global batches is NaN."""
+    real = SampleStream.__next__
+
+    def sick(stream):
+        batch = real(stream)
+        if stream.position // stream.batch in steps:
+            ids, log_probs, tail = batch.targets
+            batch.targets = (ids, log_probs * torch.nan, tail)
+        return batch
+
+    monkeypatch.setattr(SampleStream, "__next__", sick)
+
+
+def test_a_sick_step_is_skipped_counted_and_named_and_leaves_nothing_behind(jobs, monkeypatch, capsys):
+    folder = training_job(jobs, "distill-sick", "distill", schedule="constant", warmup=0.0, tokens=3 * TOKENS_PER_STEP)
+    poison(monkeypatch, {2})
+    facts = run(folder)
+    told = capsys.readouterr().out
+    assert facts["skipped"] == 1
+    assert "step 2 skipped: loss is nan; samples " in told
+    assert "train: " in told.split("samples")[1]
+    records = {r["step"]: r for r in metrics(folder)}
+    assert [records[n]["skipped"] for n in (1, 2, 3)] == [0, 1, 1]
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+    # The same without the sick batch: one update fewer, the same parameters.
+    monkeypatch.undo()
+    real = SampleStream.__next__
+
+    def without_the_second(stream):
+        if stream.position == stream.batch:
+            real(stream)
+        return real(stream)
+
+    monkeypatch.setattr(SampleStream, "__next__", without_the_second)
+    short = training_job(jobs, "distill-two", "distill", schedule="constant", warmup=0.0, tokens=2 * TOKENS_PER_STEP)
+    run(short)
+    a, b = weights(folder), weights(short)
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+def test_steps_that_stay_sick_end_the_job_with_one_line_that_names_samples(jobs, monkeypatch):
+    folder = training_job(jobs, "distill-ill", "distill")
+    folder = JobFolder(folder.path, folder.job, replace(folder.config, guard=Guard(skip_limit=2)))
+    poison(monkeypatch, {3, 4, 5})
+    with pytest.raises(
+        Mistake, match=r"2 steps in a row were skipped .* step 4 skipped: loss is nan; samples .*train: "
+    ):
+        run(folder)
+    assert (folder.checkpoints / "latest").read_text() == "step-2"
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_stop_inside_a_validation_saves_and_the_validation_is_made_later(jobs, stage):
+    whole, folder = (training_job(jobs, f"{stage}-{name}", stage) for name in ("unbroken", "validating"))
+    run(whole)
+    for count in (2, 5):  # inside the first validation, and inside that of step 3
+        with pytest.raises(Stopped, match=r"at step (0|3) of 6"):
+            run(folder, After(count, "validation"))
+    run(folder)
+    assert all(a.equal(b) for a, b in zip(weights(whole).values(), weights(folder).values(), strict=True))
+    merged = {}
+    for record in metrics(folder):
+        merged[record["step"]] = merged.get(record["step"], {}) | record
+    assert list(merged.values()) == metrics(whole)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.files import hash_value
 from xlstm_distill.data.codec import CodecError, decode
 from xlstm_distill.data.reader import Shards
 
@@ -186,6 +187,7 @@ class SampleStream:
             "seed": self.seed,
             "epoch_size": self.mixture.epoch_size,
             "samples": [len(shards) for shards in self.shards],
+            "content": [hash_value(shards.index) for shards in self.shards],  # it holds the hash of every shard
             "weights": [round(part.weight / total, 9) for part in self.parts],
         }
 

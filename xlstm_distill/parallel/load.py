@@ -25,13 +25,14 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def empty_model(build: Callable[[], Model]) -> Model:
-    """What `build` makes, with its parameters on the meta device and its buffers (RoPE's frequencies) real."""
+    """What `build` makes, with float32 parameters on the meta device, whatever dtype its configuration names, and real
+    buffers (RoPE's frequencies)."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         model = build()
     model.tie_weights()  # type: ignore[operator]  # each parameter became another object
-    return model
+    return model.float()
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

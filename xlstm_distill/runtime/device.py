@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ def listed_peak(name: str) -> float | None:
     return next((flops for key, flops in BFLOAT16_PEAKS if f" {key} " in words), None)
 
 
+@cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best of the products of two square matrices that fit `MEASURE_SECONDS`; draws no random number."""
     size = 4096 if device.type == "cuda" else 1024

@@ -320,8 +320,16 @@ def _damage_of_share(checkpoint: Path) -> str:
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Read into `tensors`, whatever the number of ranks that saved. Call `read_state` first. Collective."""
-    dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=not _distributed())
+    """Read into `tensors`, whatever the number of ranks that saved. Call `read_state` first. Collective.
+
+    Raises:
+        Mistake: a tensor is not in it, or has another shape.
+    """
+    try:
+        dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=not _distributed())
+    except CheckpointException as error:
+        line = f"{checkpoint}: does not fit this student ({_cause(error)}); use another --name"
+        raise Mistake(line) from error
 
 
 def _distributed() -> bool:

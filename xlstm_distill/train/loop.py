@@ -3,6 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,10 @@ def train(
                 if due := at.validation_due(settings.validate_every):
                     with clock("validation"):
                         at.validations[due] = measured = task.validate(poll)
-                    values |= measured | log_gates(metrics, at.done, task.gates)
+                        values |= measured | log_gates(metrics, at.done, task.gates)
                 if values:
                     metrics.log(at.done, values)
+                    values = {}
                 if at.done == at.steps:
                     break
                 if at.done % settings.checkpoint_every == 0 and at.done > first:
@@ -159,10 +161,16 @@ def train(
                 at.done += 1
                 values |= {"skipped": guard.skipped} | measures.record(at.done, settings.batch * sequence, clock)
         except Stopped as stopped:
+            if values:  # of the step before the validation that was broken off
+                metrics.log(at.done, values)
             save()
             saver.wait()
             line = f"{folder.job.name}: stopped at step {at.done} of {at.steps}; launch again to go on"
             raise Stopped(line) from stopped
+        except Mistake:  # on all ranks together
+            with suppress(Mistake):
+                saver.wait()
+            raise
         save()
         saver.wait()
         measures.end(at.done)
