@@ -75,7 +75,7 @@ def same(strategy: Strategy, folder: Path) -> None:
             mine = prepared(strategy, empty, family / name)
             theirs = auto.from_pretrained(family / name, dtype=torch.float32).eval()
             expected = dict(theirs.named_parameters())
-            found = {key: strategy.full(parameter) for key, parameter in mine.named_parameters()}
+            found = dict(strategy.whole(mine))
             assert found.keys() == expected.keys()
             assert [key for key in found if not found[key].equal(expected[key])] == []
             buffers = dict(theirs.named_buffers())

@@ -36,7 +36,9 @@ class Ranks:
     Their output goes to `folder`/rank-N.log; `path` is put before PYTHONPATH.
     """
 
-    def __init__(self, arguments: list[str], world: int, folder: Path, *, node: int = 0, path: Path | None = None) -> None:
+    def __init__(
+        self, arguments: list[str], world: int, folder: Path, *, node: int = 0, path: Path | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(world)]
         node = node or world

@@ -1,9 +1,11 @@
 """FSDP2: parameters, gradients and optimiser state sharded over ranks, layer by layer."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from xlstm_distill.contract.job import World
@@ -43,6 +45,14 @@ class FullySharded(Strategy):
     def full(self, value: Tensor) -> Tensor:
         """The whole of a parameter, on the CPU. Collective."""
         return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+
+    def whole(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """After a forward without a backward the root still holds its parameters gathered, rounded to the dtype of the
+        products: they are given back first."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().whole(model)
 
     def close(self) -> None:
         """Leave the process group."""

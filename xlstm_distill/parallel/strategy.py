@@ -6,7 +6,7 @@ a checkpoint of one strategy and world size goes on under any other.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,11 @@ class Strategy:
     def full(self, value: Tensor) -> Tensor:
         """The whole of a parameter, on the CPU. Collective."""
         return value.detach().cpu()
+
+    def whole(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of a prepared model by name, whole, on the CPU, one at a time. Collective."""
+        for name, parameter in model.named_parameters():
+            yield name, self.full(parameter)
 
     def describe(self) -> dict[str, Any]:
         """What the job folder says of it."""

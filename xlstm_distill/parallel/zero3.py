@@ -2,8 +2,8 @@
 memory. DeepSpeed's names: `ds_tensor` is this rank's part of a parameter, of which `data` is empty until it is gathered.
 """
 
-import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -329,4 +329,5 @@ def _import_deepspeed(world: World) -> Any:
     # Else it would compile an all-reduce through shared memory on CPUs: a minute, with a compiler that may be missing,
     # for a reduction that only its inference engine uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message="`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
     return deepspeed

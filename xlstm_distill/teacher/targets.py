@@ -63,7 +63,7 @@ class OnlineTargets:
         def take(module: Any, inputs: tuple[Tensor, ...]) -> None:
             hidden, weight = inputs[0].flatten(0, 1), module.weight
             if self.settings.loss == "full":
-                found.append(DenseTargets(hidden, weight.clone() if self.strategy.world.size > 1 else weight))
+                found.append(DenseTargets(hidden, weight.clone() if self.strategy.world.size > 1 else weight.detach()))
             else:
                 found.append(SparseTargets(*sparse_targets(hidden, weight, self.top_k, chunk=512)))
 

@@ -168,7 +168,7 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
         rank=world.rank,
         world=world.size,
     )
-    count = max(world.size, config.align.validation_samples // len(config.data.sources))
+    count = max(1, config.align.validation_samples // len(config.data.sources))
     validation = {name: read_samples(tokens / name / "validation", count) for name in config.data.sources}
     task = Alignment(model, config.align, config.adamw, strategy, validation)
     task.flops = flops_per_token("align", model, config.data.sequence)

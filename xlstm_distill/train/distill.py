@@ -149,7 +149,7 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     stream = SampleStream(
         mixture(sources, shards), batch=config.distill.batch, seed=config.seed, rank=world.rank, world=world.size
     )
-    count = max(world.size, config.distill.validation_samples // len(sources))
+    count = max(1, config.distill.validation_samples // len(sources))
     validation = {name: read_samples(shards / name / "validation", count) for name in sources}
     task = Distillation(model, targets, config.distill, config.adamw, strategy, validation)
     task.flops = flops_per_token("distill", model, config.data.sequence, online=not cached)

@@ -14,11 +14,16 @@ def make_optimizer(groups: Mapping[float, Mapping[str, nn.Parameter]], settings:
     split = []
     for lr, parameters in groups.items():
         for decays in (True, False):
-            chosen = [p for p in parameters.values() if (p.ndim >= 2) == decays]
+            chosen = [p for p in parameters.values() if _is_matrix(p) == decays]
             if chosen:
                 decay = settings.weight_decay if decays else 0.0
                 split.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})
     return torch.optim.AdamW(split, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """A parameter that DeepSpeed has partitioned has its shape in `ds_shape`."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 
 
 def learning_rate(step: int, steps: int, peak: float, settings: Training) -> float:

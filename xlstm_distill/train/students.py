@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -79,12 +80,10 @@ def save_student(model: HybridForCausalLM, source: Path, destination: Path, stra
 
     One parameter at a time is gathered; rank 0 writes shards of 4 GiB in the dtype of the parameters.
     """
-    lead = strategy.world.rank == 0
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    if not lead:
-        for name, parameter in model.named_parameters():
-            if name not in tied:
-                strategy.full(parameter)
+    parameters = ((name, tensor) for name, tensor in strategy.whole(model) if name not in tied)
+    if strategy.world.rank != 0:
+        deque(parameters, maxlen=0)
         strategy.barrier()
         return
     with folder_atomic(destination) as beside:
@@ -92,9 +91,8 @@ def save_student(model: HybridForCausalLM, source: Path, destination: Path, stra
             if file.is_file() and file.suffix != ".safetensors" and file.name != "model.safetensors.index.json":
                 shutil.copyfile(file, beside / file.name)
         writer = ShardWriter(beside)
-        for name, parameter in model.named_parameters():
-            if name not in tied:
-                writer.add(name, strategy.full(parameter))
+        for name, tensor in parameters:
+            writer.add(name, tensor)
         writer.finish()
     strategy.barrier()
 
