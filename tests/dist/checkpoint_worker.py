@@ -49,7 +49,7 @@ class Training:
 
 
 def save(folder: Path) -> None:
-    """A save at each step; while it is slowly written the parameters change, and another collective runs all the time."""
+    """A save at each step; while it is slowly written the parameters change, and the collectives of steps go on."""
     training, saver = Training(), checkpoint.Checkpoints(folder / "checkpoints", keep=9)
     checkpoint.hash_file = lambda path: time.sleep(0.3) or hash_file(path)  # type: ignore[assignment]
     meanwhile = 0
@@ -81,7 +81,7 @@ def load(folder: Path) -> None:
 
 
 def fail(folder: Path) -> None:
-    """Rank 1 cannot write, then cannot hash, then rank 0 cannot write `latest`: every rank says the same; then all is well."""
+    """Rank 1 cannot write, then cannot hash, then rank 0 cannot write: every rank says the same; then all is well."""
     training, saver = Training(), checkpoint.Checkpoints(folder / "checkpoints", keep=9)
     training.step()
     rank, said = dist.get_rank(), []

@@ -25,7 +25,7 @@ def anonymous() -> int:
 
 
 class Peak:
-    """`with Peak() as peak:`, then `peak.bytes`: by how much this process's own memory grew at most, and `peak.kept`."""
+    """`with Peak() as peak:`, then how much this process's own memory grew: at most `peak.bytes`, and `peak.kept`."""
 
     def __enter__(self) -> "Peak":
         self.start = self.most = anonymous()

@@ -1,4 +1,4 @@
-"""The ranks of jobs as processes of a test, with no launcher between: every one can be signalled and killed for real."""
+"""The ranks of jobs as processes of a test, with no launcher between: each can be signalled and killed for real."""
 
 import os
 import signal
@@ -43,8 +43,9 @@ class Ranks:
         self.logs = [folder / f"rank-{rank}.log" for rank in range(world)]
         node = node or world
         common = {
-            "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(node), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path}:{ROOT}" if path else str(ROOT),
+            "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(node), "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "PYTHONPATH": f"{path}:{ROOT}" if path else str(ROOT),
         }  # fmt: skip
         with ExitStack() as files:
             self.processes = [
@@ -59,7 +60,7 @@ class Ranks:
             ]
 
     def wait(self, code: int = 0, seconds: float = 240) -> str:
-        """Until all have ended with `code`; what they said last. Whatever else happens is an error, and ends them all."""
+        """Until all have ended with `code`; returns what they said last. Anything else is an error and ends them."""
         try:
             self.until(lambda: all(p.poll() is not None for p in self.processes), seconds, code)
         finally:

@@ -54,7 +54,7 @@ def bound(world: int) -> float:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("strategy", ["fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_a_rank_needs_its_share_and_one_tensor(large, tmp_path, strategy, world):
     whole, _ = sizes()
     for found in measure("memory", strategy, world, large, tmp_path):
@@ -70,8 +70,9 @@ def test_a_model_that_every_rank_loads_whole_would_not_pass(large, tmp_path, wor
         assert found["peak"] > bound(world)
 
 
-def test_what_three_ranks_read_is_what_transformers_reads(tmp_path):
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_what_three_ranks_read_is_what_transformers_reads(tmp_path, strategy):
     """Three ranks divide no dimension of these models."""
     for family in FAMILIES:
         tiny_student(tmp_path / "models" / family, family, tied=family in ("llama", "qwen3"))
-    Ranks([WORKER, "same", "fsdp", str(tmp_path / "models")], 3, tmp_path / "logs").wait()
+    Ranks([WORKER, "same", strategy, str(tmp_path / "models")], 3, tmp_path / "logs").wait()

@@ -116,7 +116,7 @@ class Never:
 class After(Never):
     """A stop flag that is raised after so many steps; with `phase="validation"` at so many forwards of validations."""
 
-    def __init__(self, count: int, phase: str = "step") -> None:
+    def __init__(self, count: int, phase: str = "data") -> None:
         self.left, self.phase = count, phase
 
     def requested(self, also: bool = False) -> bool:

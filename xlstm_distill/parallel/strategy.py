@@ -8,7 +8,6 @@ a checkpoint of one strategy and world size goes on under any other.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,10 +125,6 @@ class Strategy:
         """The parameters of a prepared model by name, whole, on the CPU, one at a time. Collective."""
         for name, parameter in model.named_parameters():
             yield name, self.full(parameter)
-
-    def describe(self) -> dict[str, Any]:
-        """What the job folder says of it."""
-        return {"strategy": self.settings.name, "ranks": self.world.size}
 
     def close(self) -> None:
         """Leave the process group."""

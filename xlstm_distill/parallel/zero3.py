@@ -1,5 +1,5 @@
 """DeepSpeed ZeRO-3: parameters, gradients and optimiser state in equal flat parts, one per rank, optionally in host
-memory. DeepSpeed's names: `ds_tensor` is this rank's part of a parameter, of which `data` is empty until it is gathered.
+memory. In DeepSpeed's names `ds_tensor` is this rank's part of a parameter, whose `data` is empty until it is gathered.
 """
 
 import os
@@ -32,8 +32,8 @@ KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 def deepspeed_config(settings: Settings, hidden_size: int, max_norm: float) -> dict[str, Any]:
     """What DeepSpeed is told.
 
-    Batches, accumulation and the schedule are the training loop's. Sizes are in elements, by the rule that transformers'
-    Trainer has for DeepSpeed; parameters below the threshold (norms, biases) stay whole between steps.
+    Batches, accumulation and the schedule are the training loop's. Sizes are in elements, by the rule of transformers'
+    Trainer; parameters below the threshold (norms, biases) stay whole between steps.
 
     Args:
         settings: precision and offload.
@@ -85,6 +85,7 @@ class ZeRO3(Strategy):
         self.loss_factor = float(world.size)  # the reduction of gradients takes the mean
         self._gathering: dict[nn.Module, LayerGathering] = {}
         self._engine: Any = None
+        self._masters: set[Tensor] = set()
 
     def _shard(self, model: nn.Module, replicated: set[nn.Parameter]) -> None:
         config = self._config(model, 0.0)
@@ -101,8 +102,7 @@ class ZeRO3(Strategy):
     def _read(self, model: nn.Module, weights: Path) -> None:
         files = Weights(weights)
         for name, parameter in model.named_parameters():
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            files.check(name, shape)
+            files.check(name, shape_of(parameter))
             if is_partitioned(parameter):
                 read_part(files, name, parameter, self.world.rank)
             else:
@@ -123,18 +123,17 @@ class ZeRO3(Strategy):
         """Put DeepSpeed's engine around a prepared model. The optimiser stays the same object with the same groups; its
         parameters become the flat float32 parts."""
         super().train(model, optimizer, max_norm)
+        self._masters = set(self._trained)
         self._gathering.pop(model).remove()
-        masters = {p: p.ds_tensor.clone() for p in self._trained} if self.dtype != torch.float32 else {}
-        for parameter in model.parameters():
-            parameter.ds_tensor.data = parameter.ds_tensor.to(self.dtype)
-            parameter.data = parameter.data.to(self.dtype)
+        masters = _lower(model, self._trained, self.dtype) if self.dtype != torch.float32 else {}
         self._engine, *_ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._config(model, max_norm), dist_init_required=False
         )
         for parameter, master in masters.items():  # the engine rounded them
             self.deepspeed.utils.safe_set_local_fp32_param(parameter, master)
         # The objective takes the head's weight without calling the head.
-        self.deepspeed.zero.register_external_parameter(model, model.get_output_embeddings().weight)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        self.deepspeed.zero.register_external_parameter(model, head.weight)
 
     def autocast(self) -> torch.autocast:
         """The parameters are in `dtype`."""
@@ -173,7 +172,7 @@ class ZeRO3(Strategy):
         """Go on from a checkpoint after so many updates, whatever strategy wrote it. Collective."""
         self._make_moments()
         state: dict[str, Tensor] = {
-            f"{kind}.{name}": sharded_zeros(tuple(p.ds_shape), device_mesh=self.mesh, placements=[Shard(0)])
+            f"{kind}.{name}": sharded_zeros(shape_of(p), device_mesh=self.mesh, placements=[Shard(0)])
             for name, p in parameters.items()
             for kind in KINDS
         }
@@ -233,8 +232,7 @@ class ZeRO3(Strategy):
         """The whole of a parameter, float32, on the CPU. Collective."""
         if not is_partitioned(value):
             return value.detach().cpu()
-        trained = self._engine is not None and any(value is p for p in self._trained)
-        part = self._part(value, "parameter") if trained else value.ds_tensor  # type: ignore[attr-defined]
+        part = self._part(value, "parameter") if value in self._masters else value.ds_tensor  # type: ignore[attr-defined]
         return self._whole(value, part).cpu()
 
     def close(self) -> None:
@@ -245,8 +243,11 @@ class ZeRO3(Strategy):
 
 
 class LayerGathering:
-    """Hooks that make a frozen model's parameters whole where its forward needs them: those of each decoder layer around
-    that layer, while the next layer's are under way; the others (embedding, final norm, head) around the whole.
+    """Hooks that make a model's parameters whole where its forward needs them: those of each decoder layer around that
+    layer, while the next layer's are under way; the others (embedding, final norm, head) around the whole.
+
+    For forwards without a backward pass through these parameters: DeepSpeed's own hooks, made for both, would also take
+    hold of parameters that are not partitioned, and of backward passes inside a forward.
 
     Args:
         model: a causal LM; parameters that are not partitioned are left alone.
@@ -258,7 +259,10 @@ class LayerGathering:
         layers = list(model.model.layers)  # type: ignore[union-attr, arg-type]
         parts = [[p for p in layer.parameters() if is_partitioned(p)] for layer in layers]
         inside = {p for part in parts for p in part}
-        self._parts: list[list[Any]] = [[p for p in model.parameters() if is_partitioned(p) and p not in inside], *parts]
+        self._parts: list[list[Any]] = [
+            [p for p in model.parameters() if is_partitioned(p) and p not in inside],
+            *parts,
+        ]
         self._coming: dict[int, Any] = {}
         self._hooks = []
         for number, module in enumerate([model, *layers]):
@@ -298,6 +302,23 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """Of the whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _lower(model: nn.Module, trained: list[Any], dtype: torch.dtype) -> dict[Any, Tensor]:
+    """Give a model's parts `dtype`; returns those that train as they were."""
+    masters = {parameter: parameter.ds_tensor for parameter in trained}
+    parameter: Any
+    for parameter in model.parameters():
+        part = parameter.ds_tensor
+        lowered = part.to(dtype)
+        lowered.__dict__.update(part.__dict__)  # DeepSpeed's notes of it
+        parameter.ds_tensor, parameter.data = lowered, parameter.data.to(dtype)
+    return masters
+
+
 def read_part(files: Weights, name: str, parameter: Any, rank: int) -> None:
     """Read the flat part of `rank` of a partitioned parameter: only the rows that it touches."""
     size, width = parameter.ds_tensor.numel(), parameter.ds_shape[1:].numel()
@@ -323,11 +344,13 @@ def _import_deepspeed(world: World) -> Any:
         import deepspeed
     except ImportError as error:
         raise Mistake(
-            "strategy.name=zero3: DeepSpeed is not installed; DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed, "
-            "or use strategy.name=fsdp"
+            "strategy.name=zero3: DeepSpeed is not installed; use strategy.name=fsdp, or "
+            "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
         ) from error
     # Else it would compile an all-reduce through shared memory on CPUs: a minute, with a compiler that may be missing,
     # for a reduction that only its inference engine uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", message="`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
+    warnings.filterwarnings(
+        "ignore", message="`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+    )
     return deepspeed

@@ -11,6 +11,10 @@ from xlstm_distill.contract.exitcode import DONE
 
 DIE_WITH_PARENT = "XDL_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
+STOP_SECONDS = 600
+"""From a TERM to this process until the ranks are killed: for their checkpoint."""
+FAILED_SECONDS = 5
+"""The same after a rank has failed: the others can save nothing without it, and a stopped process heeds no TERM."""
 
 
 def die_with_parent() -> None:
@@ -25,10 +29,12 @@ def launch(ranks: int, job_folder: str) -> int:
     Returns:
         0, or the exit code of the rank that failed first (128 + n for a signal n).
     """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -40,6 +46,8 @@ def launch(ranks: int, job_folder: str) -> int:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(),
     )
+    # Called when a rank has failed; torch's waits 30 s, whatever the shutdown timeout, which is for signals.
+    LocalElasticAgent._stop_workers = lambda agent, *_, **__: agent._shutdown(timeout=FAILED_SECONDS)  # type: ignore
     os.environ[DIE_WITH_PARENT] = "1"  # the ranks lead sessions of their own: nobody else would end them
     try:
         elastic_launch(config, sys.executable)("-m", "xlstm_distill", job_folder)

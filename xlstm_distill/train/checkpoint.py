@@ -15,30 +15,22 @@ import shutil
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import hash_file, sync, write_atomic, write_json
+from xlstm_distill.train.staging import Copies
 
 T = TypeVar("T")
 LATEST, HASHES, STATE = "latest", "hashes.json", "state.json"
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpoints:
@@ -61,7 +53,7 @@ class Checkpoints:
         """
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._group = dist.new_group(backend="gloo") if _distributed() else None
-        self._copies: dict[str, Tensor] = {}
+        self._copies = Copies()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -81,8 +73,8 @@ class Checkpoints:
         """
         self.wait()
         text = json.dumps({"step": step, **state}, indent=2, ensure_ascii=False) + "\n"
-        self._copy(tensors)
-        self._writer = threading.Thread(target=self._run, args=(step, tensors, text), name=f"checkpoint of step {step}")
+        self._copies.take(tensors)
+        self._writer = threading.Thread(target=self._run, args=(step, text), name=f"checkpoint of step {step}")
         self._writer.start()
 
     @property
@@ -103,22 +95,12 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    @torch.no_grad()
-    def _copy(self, tensors: dict[str, Tensor]) -> None:
-        """This rank's parts into `_copies`, which are kept from save to save: fresh memory costs page faults."""
-        parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-        self._copies = {name: _room(part, self._copies.get(name)) for name, part in parts.items()}
-        for name, part in parts.items():
-            self._copies[name].copy_(part, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    def _run(self, step: int, tensors: dict[str, Tensor], state: str) -> None:
+    def _run(self, step: int, state: str) -> None:
         """The background thread."""
         began = time.monotonic()
         try:
             _step_aside()
-            self._write(step, tensors, state)
+            self._write(step, state)
         except (_Unwritten, CheckpointException) as error:
             line = f"the checkpoint could not be written ({_cause(error)}); the earlier ones are intact"
             self._error = Mistake(f"{self.folder / f'step-{step}'}: {line}")
@@ -126,15 +108,12 @@ class Checkpoints:
             self._error = error
         self.last_seconds = time.monotonic() - began
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: str) -> None:
+    def _write(self, step: int, state: str) -> None:
         beside, final = self.folder / f".step-{step}.tmp", self.folder / f"step-{step}"
         if not self._on_lead(lambda: self._begin(beside, final)):
             return
         try:
-            writer, planner = _Writer(beside), _FromCopies(self._copies)
-            dcp.save(
-                tensors, storage_writer=writer, planner=planner, process_group=self._group, no_dist=not self._group
-            )
+            self._copies.write(beside, self._group)
             hashes = self._together(lambda: {p.name: hash_file(p) for p in sorted(beside.glob(f"__{_rank()}_*"))})
             known = {name: value for part in hashes for name, value in part.items()}
             self._on_lead(lambda: self._publish(beside, final, state, known))
@@ -186,51 +165,6 @@ class Checkpoints:
 
 class _Unwritten(Exception):
     """Why a checkpoint could not be written."""
-
-
-class _FromCopies(DefaultSavePlanner):
-    """Plans by shapes and placements of the tensors that train, and writes their copies."""
-
-    def __init__(self, copies: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._copies = copies
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._copies[index.fqn]
-
-
-class _Writer(dcp.FileSystemWriter):
-    """DCP's, flushing its files; what the operating system said of a failure comes through torch.save."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, per_thread_copy_ahead=0)  # the copies are on the host: no CUDA stream is needed
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        checksums = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)  # three quarters of the time; the files get a hash
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            raise _origin(error) from error
-        finally:
-            torch.serialization.set_crc32_options(checksums)
-
-
-def _origin(error: BaseException) -> BaseException:
-    """The OSError that led to `error`, if there is one: torch.save then says only that a size differs."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError):
-            return found
-        found = found.__cause__ or found.__context__
-    return error
-
-
-def _room(part: Tensor, before: Tensor | None) -> Tensor:
-    """Memory of the host for a copy of `part`: that of its copy `before`, if it fits."""
-    if before is not None and (before.shape, before.dtype) == (part.shape, part.dtype):
-        return before
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
 
 
 def _step_aside() -> None:

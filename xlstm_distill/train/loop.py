@@ -21,7 +21,9 @@ from xlstm_distill.runtime.clock import Clock
 from xlstm_distill.runtime.guard import Guard
 from xlstm_distill.runtime.measures import StepMeasures
 from xlstm_distill.runtime.metrics import Metrics
+from xlstm_distill.runtime.pace import Pace
 from xlstm_distill.runtime.stop import StopFlag
+from xlstm_distill.runtime.watchdog import Watchdog
 from xlstm_distill.train import checkpoint
 from xlstm_distill.train.gates import log_gates
 from xlstm_distill.train.optim import set_learning_rate
@@ -112,7 +114,7 @@ def train(
     """
     sequence, lead = folder.config.data.sequence, strategy.world.rank == 0
     at = Progress(max(1, settings.tokens // (settings.batch * sequence)))
-    guard, clock = Guard(folder.config.guard), task.clock
+    guard, pace, clock = Guard(folder.config.guard), Pace(strategy.world), task.clock
     saver = checkpoint.Checkpoints(folder.checkpoints, folder.config.guard.keep, folder.config.guard.keep_every)
     _resume(at, guard, task, stream, folder)
     first, saved, started = at.done, at.done if at.resumed else -1, time.monotonic()
@@ -126,12 +128,16 @@ def train(
                 saver.save(at.done, task.training_state(), _state(at, guard, task, stream, folder))
 
     def poll(phase: str) -> None:
+        watchdog.beat(at.done, phase)
         if stop.requested(saver.failed):
             saver.wait()  # tells on all ranks together of what failed on one
             raise Stopped(phase)
 
     resume_at = at.done if at.resumed else -1
-    with Metrics(folder.path, at.steps, resume_at=resume_at, enabled=lead, tensorboard=True) as metrics:
+    with (
+        Metrics(folder.path, at.steps, resume_at=resume_at, enabled=lead, tensorboard=True) as metrics,
+        Watchdog(folder.path, strategy.world, folder.config.guard.stuck_seconds) as watchdog,
+    ):
         measures = StepMeasures(folder, strategy.world, task.flops, strategy.device, metrics, at.done)
         clock.take()  # what came before belongs to no step
         try:
@@ -147,10 +153,13 @@ def train(
                     break
                 if at.done % settings.checkpoint_every == 0 and at.done > first:
                     save()
-                poll("step")
-                values = {"lr": set_learning_rate(task.optimizer, at.done, at.steps, settings)}
+                poll("data")
+                began, used = time.monotonic(), time.process_time()
                 with clock("data"):
                     batch = next(stream)
+                waited = time.monotonic() - began
+                watchdog.beat(at.done, "step")
+                values = {"lr": set_learning_rate(task.optimizer, at.done, at.steps, settings)}
                 values |= task.gradients(batch)
                 if reason := guard.judge(values):
                     task.discard()
@@ -160,6 +169,10 @@ def train(
                         task.update()
                 at.done += 1
                 values |= {"skipped": guard.skipped} | measures.record(at.done, settings.batch * sequence, clock)
+                stop.expect(2 * (time.monotonic() - began) + saver.last_seconds)
+                if slow := pace.step(waited, time.process_time() - used if strategy.device.type == "cpu" else 0.0):
+                    print(f"step {at.done}: {slow}", flush=True)
+                values["pace/slowest"] = pace.slowest
         except Stopped as stopped:
             if values:  # of the step before the validation that was broken off
                 metrics.log(at.done, values)

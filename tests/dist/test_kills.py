@@ -1,0 +1,105 @@
+"""SIGKILL at any moment, during saves too, costs what was done since the last checkpoint and nothing else."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from ranks import ROOT
+from train_support import TOKENS_PER_STEP, make_run, metrics, training_job, weights
+
+from xlstm_distill.contract.job import JobFolder
+from xlstm_distill.runtime.metrics import read_metrics
+from xlstm_distill.train import checkpoint
+
+pytestmark = pytest.mark.dist
+STEPS_PER_LIFE = 15
+LIFE = 0.4
+"""Seconds that a process lives at most after its first step."""
+DURING_A_SAVE = 0.004
+"""Seconds until the kill after a folder that is being written was seen."""
+
+
+def start(folder: JobFolder) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = (folder.path / "log").open("ab")
+    return subprocess.Popen([sys.executable, "-m", "xlstm_distill", folder.path], env=environment, stderr=log)
+
+
+def finish(folder: JobFolder) -> None:
+    assert start(folder).wait(timeout=600) == 0, (folder.path / "log").read_text()[-3000:]
+
+
+@dataclass
+class Killer:
+    """Starts a job and kills it, again and again."""
+
+    folder: JobFolder
+    chance: random.Random
+    steps: list[int] = field(default_factory=lambda: [0])
+    """Of the checkpoint that stood after each kill."""
+    kills: int = 0
+    during_saves: int = 0
+
+    def kill(self, during_save: bool) -> None:
+        born = time.time()
+        process = start(self.folder)
+        self._until(process, lambda: self._stepped_since(born))
+        if during_save:
+            self._until(process, self._writing)
+            time.sleep(self.chance.uniform(0, DURING_A_SAVE))
+        else:
+            time.sleep(self.chance.uniform(0, LIFE))
+        assert process.poll() is None, "the job ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        self.kills += 1
+        self.during_saves += bool(self._writing())
+        self._check()
+
+    def _check(self) -> None:
+        """Every folder with a checkpoint's name is whole, and `latest` never goes back."""
+        for path in self.folder.checkpoints.glob("step-*"):
+            assert checkpoint.read_state(path)["step"] == int(path.name.removeprefix("step-"))
+        newest = checkpoint.latest(self.folder.checkpoints)
+        step = checkpoint.read_state(newest)["step"] if newest else 0
+        assert step >= self.steps[-1]
+        self.steps.append(step)
+
+    def _until(self, process: "subprocess.Popen[bytes]", condition) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None, (self.folder.path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def _stepped_since(self, born: float) -> bool:
+        records = read_metrics(self.folder.path)
+        return bool(records) and records[-1]["time"] > born and records[-1]["step"] > self.steps[-1]
+
+    def _writing(self) -> list[Path]:
+        return list(self.folder.checkpoints.glob(".step-*.tmp"))
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.soak)])
+def test_a_training_that_is_killed_again_and_again_ends_with_the_student_of_an_unbroken_one(tmp_path, kills):
+    jobs = make_run(tmp_path)
+    plan = {"tokens": STEPS_PER_LIFE * kills * TOKENS_PER_STEP, "validate_every": 25, "checkpoint_every": 1}
+    whole, broken = training_job(jobs, "whole", "distill", **plan), training_job(jobs, "broken", "distill", **plan)
+    killer = Killer(broken, random.Random(kills))
+    while killer.kills < kills or killer.during_saves < kills // 3:
+        killer.kill(during_save=killer.kills % 2 == 1)
+        assert killer.kills < 2 * kills, "kills during saves were too rare"
+    assert killer.steps[-1] > 0
+    finish(broken)
+    finish(whole)
+    print(f"{killer.kills} kills, {killer.during_saves} of them during saves; at steps {killer.steps}")
+    one, two = weights(whole), weights(broken)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not one[name].equal(two[name])] == []
+    assert metrics(whole) == metrics(broken)

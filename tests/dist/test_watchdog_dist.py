@@ -1,0 +1,147 @@
+"""One of two ranks is stopped or stuck, for real: it is named with step and stack, and both are gone T + 10 s later."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ranks import ROOT, Ranks
+
+from xlstm_distill.contract.exitcode import STUCK
+
+pytestmark = pytest.mark.dist
+T = 3
+LOOP = """
+import ctypes, os, sys, threading, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from xlstm_distill.contract.job import World
+from xlstm_distill.runtime.watchdog import Watchdog, flight_recorder
+
+folder, how, victim, stuck_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), 20
+world = World.from_environment()
+flight_recorder(folder / "logs")
+
+def deadlock():
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()  # never released
+
+def stuck_read():
+    (folder / "fifo").open("rb").read()
+
+def stuck_in_c():
+    ctypes.PyDLL(None).sleep(600)  # holds the interpreter's lock
+
+def going_on():
+    pass
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+with Watchdog(folder, world, float(sys.argv[4])) as watchdog:
+    for step in range(200 if how == "finish" else 10**6):
+        watchdog.beat(step, "data")
+        if step == stuck_at and world.rank == victim:
+            globals().get(how, going_on)()
+        watchdog.beat(step, "forward")
+        dist.all_reduce(torch.ones(1))
+        time.sleep(0.02)
+"""
+STEP_20_OF_DATA = "at step 20, data"
+
+
+@pytest.fixture
+def loop(tmp_path):
+    (tmp_path / "loop.py").write_text(LOOP)
+    os.mkfifo(tmp_path / "fifo")
+    started = []
+
+    def start(how: str, victim: int) -> Ranks:
+        started.append(
+            Ranks([str(tmp_path / "loop.py"), str(tmp_path), how, str(victim), str(T)], 2, tmp_path / "logs")
+        )
+        return started[0]
+
+    yield start
+    started[0].kill()
+
+
+def step_of(folder: Path, rank: int) -> int:
+    path = folder / f"heartbeats/rank-{rank}.json"
+    return json.loads(path.read_text())["step"] if path.exists() else -1
+
+
+def wait_until_gone(ranks: Ranks, since: float) -> list[int]:
+    """Exit codes, when all have ended within T + 10 s."""
+    while any(process.poll() is None for process in ranks.processes):
+        assert time.monotonic() - since < T + 10, ranks.said()
+        time.sleep(0.02)
+    return [process.returncode for process in ranks.processes]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank(loop, tmp_path, victim):
+    ranks = loop("stop", victim)
+    ranks.until(lambda: min(step_of(tmp_path, rank) for rank in (0, 1)) > 5)
+    os.kill(ranks.processes[victim].pid, signal.SIGSTOP)
+    codes = wait_until_gone(ranks, time.monotonic())
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == STUCK
+    said = ranks.logs[1 - victim].read_text()
+    pid = ranks.processes[victim].pid
+    assert re.search(rf"rank {victim} \(host \S+, pid {pid}\) is stuck at step \d+, \w+, for \d", said), said
+    assert "its process does not run" in said
+    assert 'loop.py", line' in said
+    assert f"rank {1 - victim} (host" not in said
+
+
+@pytest.mark.parametrize(
+    ("how", "line"), [("deadlock", "lock.acquire()  # never released"), ("stuck_read", '(folder / "fifo").open("rb")')]
+)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_in_a_deadlock_or_a_read_that_never_ends(loop, tmp_path, how, line, victim):
+    ranks = loop(how, victim)
+    ranks.until(lambda: step_of(tmp_path, victim) == 20)
+    codes = wait_until_gone(ranks, time.monotonic())
+    assert codes[victim] == STUCK
+    assert codes[1 - victim] in (STUCK, 1)
+    for log in ranks.logs:  # the others say it as well
+        said = log.read_text()
+        assert f"rank {victim} (host" in said
+        assert f"rank {1 - victim} (host" not in said
+        assert STEP_20_OF_DATA in said
+        assert line in said
+    own = ranks.logs[victim].read_text()
+    assert "Current thread" in own  # faulthandler's: all threads
+    assert "(most recent call first)" in own
+
+
+def test_a_rank_that_holds_the_interpreters_lock(loop, tmp_path):
+    """Neither its main thread nor its watchdog can run: the stack comes from a timer in C, or from the other's SIGABRT."""
+    ranks = loop("stuck_in_c", 1)
+    ranks.until(lambda: step_of(tmp_path, 0) == 20)
+    codes = wait_until_gone(ranks, time.monotonic())
+    assert codes[0] == STUCK
+    assert "rank 1 (host" in ranks.logs[0].read_text()
+    assert "its process does not run" in ranks.logs[0].read_text()
+    assert codes[1] in (1, -signal.SIGABRT)
+    assert "in stuck_in_c" in ranks.logs[1].read_text()
+
+
+def test_what_torch_recorded_of_the_last_collectives_is_kept(loop, tmp_path):
+    ranks = loop("deadlock", 1)
+    ranks.until(lambda: step_of(tmp_path, 1) == 20)
+    wait_until_gone(ranks, time.monotonic())
+    for rank in (0, 1):
+        entries = pickle.loads((tmp_path / f"logs/collectives-{rank}").read_bytes())["entries"]
+        assert [entry["profiling_name"] for entry in entries] == ["gloo:all_reduce"] * (21 - rank)
+
+
+def test_ranks_that_go_on_are_left_alone_and_leave_no_files(loop, tmp_path):
+    loop("finish", 1).wait(0)
+    assert not list((tmp_path / "heartbeats").iterdir())
