@@ -97,6 +97,6 @@ def start(jobs: list[JobFolder], world: int, *, node: int = 0, path: Path | None
     return Ranks(["-c", JOBS, *pairs], world, jobs[-1].path / "logs", node=node, path=path)
 
 
-def spread(jobs: list[JobFolder], world: int, code: int = 0, **options: object) -> str:
+def spread(jobs: list[JobFolder], world: int, code: int = 0, seconds: float = 240, **options: object) -> str:
     """The same, to their end; returns what the ranks said."""
-    return start(jobs, world, **options).wait(code)  # type: ignore[arg-type]
+    return start(jobs, world, **options).wait(code, seconds)  # type: ignore[arg-type]

@@ -55,13 +55,10 @@ def test_when_one_rank_cannot_write_all_say_so_and_none_hangs(tmp_path):
 
 
 def test_a_file_that_one_rank_finds_damaged_stops_all(saved):
-    for number, file in enumerate(("__0_0.distcp", "__1_0.distcp", ".metadata", "state.json")):
-        path = saved / "checkpoints" / "step-3" / file
-        before = path.read_bytes()
-        path.write_bytes(before[:-1])
-        if number in (0, 3):  # with two ranks these are shares of different ones
-            ranks(2, saved, "damaged")
-            first, second = said(saved, 2)
-            assert first == second
-            assert first.startswith(f"{path}: missing or damaged; step-2 is whole")
-        path.write_bytes(before)
+    ranks(2, saved, "damaged", "load")
+    first, second = said(saved, 2)
+    assert first == second
+    files = {file.name: file for file in (saved / "checkpoints" / "step-3").iterdir()}
+    assert first.keys() == files.keys() - {"hashes.json"}  # that one lost the newline at its end
+    for name, line in first.items():
+        assert line.startswith(f"{files[name]}: missing or damaged; step-2 is whole")

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, `latest` names a durable one, nothing damaged is read, and no step waits for disks."""
+"""A checkpoint is whole or absent, `latest` names a durable one, nothing damaged is read, no step waits for disks."""
 
 import resource
 import subprocess

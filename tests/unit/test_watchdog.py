@@ -17,8 +17,10 @@ from xlstm_distill.runtime import heartbeat, watchdog
 from xlstm_distill.runtime.heartbeat import BEHIND, BUSY, SILENT, UNKNOWN, Heartbeat, culprits
 from xlstm_distill.runtime.watchdog import Watchdog
 
-WAITING = ['  File "loop.py", line 3, in train', "    loss.backward()",
-           '  File "/x/site-packages/torch/distributed/distributed_c10d.py", line 9, in all_reduce', "    work.wait()"]  # fmt: skip
+WAITING = [
+    '  File "loop.py", line 3, in train', "    loss.backward()",
+    '  File "/x/torch/distributed/distributed_c10d.py", line 9, in all_reduce', "    work.wait()",
+]  # fmt: skip
 ON_GPU = ['  File "/x/xlstm_distill/train/align.py", line 3, in gradients', "    return values.tolist()"]
 READING = ['  File "/x/xlstm_distill/data/reader.py", line 3, in read', "    return file.read(size)"]
 
@@ -105,7 +107,7 @@ def test_only_the_very_process_is_killed(sleeper):
     assert sleeper.poll() is None
     sleeper.send_signal(signal.SIGSTOP)
     heartbeat.kill([mine])
-    assert sleeper.wait(5) == -signal.SIGKILL
+    assert sleeper.wait(5) in (-signal.SIGABRT, -signal.SIGKILL)
 
 
 def test_its_file_stands_while_it_runs_and_no_longer(tmp_path):

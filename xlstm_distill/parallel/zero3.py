@@ -61,6 +61,7 @@ def deepspeed_config(settings: Settings, hidden_size: int, max_norm: float) -> d
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device at every forward
     }
 
 
@@ -184,8 +185,8 @@ class ZeRO3(Strategy):
         set_optimizer_step(self.optimizer, updates)
 
     def _make_moments(self) -> None:
-        flat = dict(enumerate(self._engine.optimizer.fp32_partitioned_groups_flat))
-        training_state({str(number): part for number, part in flat.items()}, self.optimizer)
+        flat = enumerate(self._engine.optimizer.fp32_partitioned_groups_flat)
+        training_state({str(number): part for number, part in flat}, self.optimizer)
 
     def _part(self, parameter: Any, kind: str) -> Tensor:
         """This rank's part, padded, float32: of the optimiser's copy of a parameter that trains, or of a moment."""

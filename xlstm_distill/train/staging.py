@@ -29,10 +29,8 @@ class Copies:
     def take(self, tensors: dict[str, Tensor]) -> None:
         """Copy `tensors`, plain ones or DTensors; they may change when this returns."""
         parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-        self._tensors, self._copies = (
-            tensors,
-            {name: _room(part, self._copies.get(name)) for name, part in parts.items()},
-        )
+        self._tensors = tensors
+        self._copies = {name: _room(part, self._copies.get(name)) for name, part in parts.items()}
         for name, part in parts.items():
             self._copies[name].copy_(part, non_blocking=True)
         if torch.cuda.is_available():
