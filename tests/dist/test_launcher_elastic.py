@@ -18,7 +18,7 @@ pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]
 PATCH = "import xlstm_distill.stages as s; s.STAGES['fetch'] = 'two_ranks:run'\n"
 STAGE = """
-import os, time
+import os, signal, time
 import torch.distributed as dist
 from xlstm_distill.contract.exitcode import Mistake, Stopped
 
@@ -28,6 +28,12 @@ def run(folder, world, stop):
     if mode == "mistake":
         raise Mistake("both ranks see it")
     if mode == "crash" and world.rank == 1:
+        os._exit(41)
+    if mode == "stopped" and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mode == "stopped":
+        time.sleep(1)
+        (folder.path / "crashed").touch()
         os._exit(41)
     if mode == "crash":
         while not stop.signalled:
@@ -82,6 +88,14 @@ def test_the_exit_code_is_the_first_failing_ranks(
     assert run(job, tmp_path).wait(120) == code
     if mode == "mistake":
         assert local.failure(job, code) == "error: both ranks see it"
+
+
+def test_a_rank_that_cannot_hear_does_not_hold_up_the_end_of_the_others(
+    job: JobFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWO_RANKS", "stopped")
+    assert run(job, tmp_path).wait(120) == 41
+    assert time.time() - (job.path / "crashed").stat().st_mtime < 15
 
 
 @pytest.mark.parametrize("how", ["stop file", "dead launcher"])

@@ -3,8 +3,7 @@
 import random
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,8 @@ pytestmark = pytest.mark.dist
 STAGES = ("align", "distill")
 HOW = ("USR2", "TERM", "stop file", "deadline")
 SETTINGS = {"tokens": 10**6 * TOKENS_PER_STEP, "micro_batch": 1, "validate_every": 3, "checkpoint_every": 5}
-MOST_SECONDS = 12.0
-"""From the moment when a rank listens: loading, the first validation, then steps, validations and saves."""
+MOST_SECONDS = 3.0
+"""Of steps, validations and saves, before a stop."""
 # In one of the ranks: a time limit that ends so many seconds after the process began.
 LIMITED = """
 import os, time
@@ -62,23 +61,34 @@ def until_listening(ranks: Ranks) -> None:
     ranks.until(lambda: all(listens(process.pid) for process in ranks.processes))
 
 
-def stop_once(folder: JobFolder, how: str, chance: random.Random, place: Path) -> float:
-    """Start two ranks, ask one of them to stop at a random moment; returns the seconds until both have ended."""
-    victim, delay = chance.randrange(2), chance.uniform(0, MOST_SECONDS)
-    text = LIMITED.format(victim=victim, seconds=5 + delay) if how == "deadline" else ""
-    ranks = start([folder], 2, path=patch(place, text))
-    began = time.monotonic()
-    if how != "deadline":
-        until_listening(ranks)
-        time.sleep(delay)
+@dataclass
+class Stopper:
+    """Starts two ranks and asks one of them to stop, again and again."""
+
+    chance: random.Random
+    place: Path
+    starting: float = 10.0
+    """Seconds of a start until its loop."""
+
+    def stop(self, folder: JobFolder, how: str) -> None:
+        """At a random moment, now and then before the loop."""
+        victim, after = self.chance.randrange(2), self.chance.uniform(0, MOST_SECONDS)
         began = time.monotonic()
-        if how == "stop file":
-            folder.stop_file.touch()
-        else:
-            ranks.processes[victim].send_signal(getattr(signal, f"SIG{how}"))
-    ranks.wait(STOPPED)
-    folder.stop_file.unlink(missing_ok=True)
-    return time.monotonic() - began
+        text = LIMITED.format(victim=victim, seconds=self.starting + after) if how == "deadline" else ""
+        ranks = start([folder], 2, path=patch(self.place, text))
+        if how != "deadline":
+            until_listening(ranks)
+            if self.chance.random() < 0.8:
+                heartbeats = [folder.path / f"heartbeats/rank-{rank}.json" for rank in range(2)]
+                ranks.until(lambda: all(path.exists() for path in heartbeats))
+                self.starting = time.monotonic() - began
+            time.sleep(after)
+            if how == "stop file":
+                folder.stop_file.touch()
+            else:
+                ranks.processes[victim].send_signal(getattr(signal, f"SIG{how}"))
+        ranks.wait(STOPPED)
+        folder.stop_file.unlink(missing_ok=True)
 
 
 def assert_saved_where_it_stopped(folder: JobFolder) -> int:
@@ -91,33 +101,27 @@ def assert_saved_where_it_stopped(folder: JobFolder) -> int:
     return int(step)
 
 
-def rounds(jobs: Path, name: str, count: int, place: Path, seed: int) -> Iterator[tuple[str, str, int]]:
-    """Stops in turn by stage and by the way to ask; each goes on from the one before. Yields the step of each."""
-    chance = random.Random(seed)
+def rounds(jobs: Path, name: str, count: int, stopper: Stopper) -> dict[str, list[int]]:
+    """So many stops, in turn by stage and way to ask, each going on from the one before: the steps by stage."""
     folders = {stage: training_job(jobs, f"{stage} {name}", stage, **SETTINGS) for stage in STAGES}
+    steps: dict[str, list[int]] = {stage: [] for stage in STAGES}
     for number in range(count):
-        stage, how = STAGES[number % 2], HOW[number // 2 % 4]
-        stop_once(folders[stage], how, chance, place)
-        yield stage, how, assert_saved_where_it_stopped(folders[stage])
+        stage = STAGES[(number + number // 4) % 2]
+        stopper.stop(folders[stage], HOW[number % 4])
+        steps[stage].append(assert_saved_where_it_stopped(folders[stage]))
+    assert all(found == sorted(found) for found in steps.values())
+    return steps
 
 
 def test_every_way_to_ask_ends_with_75_and_a_checkpoint_at_the_last_step(jobs, tmp_path):
-    """Both stages in turn, resumed from stop to stop."""
-    steps: dict[str, list[int]] = {stage: [] for stage in STAGES}
-    for stage, _, step in rounds(jobs, "few", 8, tmp_path / "path", seed=time.time_ns()):
-        steps[stage].append(step)
-    for found in steps.values():
-        assert found == sorted(found)
-        assert found[-1] > 0
+    steps = rounds(jobs, "few", 4, Stopper(random.Random(2), tmp_path / "path"))
+    assert max(map(max, steps.values())) > 0
 
 
 @pytest.mark.soak
 def test_a_hundred_stops_leave_a_hundred_checkpoints(jobs, tmp_path):
-    found = list(rounds(jobs, "many", 100, tmp_path / "path", seed=0))
-    for stage in STAGES:
-        steps = [step for of, _, step in found if of == stage]
-        assert steps == sorted(steps)
-        assert len(set(steps)) > 20
+    steps = rounds(jobs, "many", 100, Stopper(random.Random(), tmp_path / "path"))
+    assert all(len(set(found)) > 20 for found in steps.values())
 
 
 def test_a_capture_that_is_stopped_keeps_the_finished_sources_and_goes_on(jobs, tmp_path):

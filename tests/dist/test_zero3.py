@@ -39,8 +39,8 @@ CASES: dict[str, tuple[str, str, dict, dict, str]] = {
 BF16_CASES: dict[str, tuple[str, dict, dict]] = {
     "bf16": ("distill", {}, ONLINE),
     "bf16 offload": ("distill", OFFLOAD, ONLINE),
-    "bf16 still": ("distill", {}, {**HALF, "lr": 1e-30, "mixer_lr": 1e-30}),
-    "bf16 align": ("align", {}, HALF),
+    "bf16 still": ("distill", {}, {"lr": 1e-30, "mixer_lr": 1e-30}),
+    "bf16 align": ("align", {}, {}),
 }
 SICK_STEP = 8
 # On one rank only, in the first of two micro-batches.
@@ -94,7 +94,7 @@ def two(runs, tmp_path_factory) -> dict[str, JobFolder]:
         made[name] = make_job(runs, name, case, strategy=strategy, **HALF, **CONSTANT)
     for name, (stage, more, changes) in BF16_CASES.items():
         world = {"name": "zero3", "precision": "bfloat16", **more}
-        made[name] = training_job(runs["tied"], name, stage, world=world, **{**STEPS, **changes})
+        made[name] = training_job(runs["tied"], name, stage, world=world, **{**STEPS, **HALF, **changes})
     path = tmp_path_factory.mktemp("sick")
     (path / "sitecustomize.py").write_text(SICK)
     spread(list(made.values()), 2, path=path)
@@ -176,17 +176,16 @@ def test_three_ranks_which_divide_nothing_begin_and_go_on(runs, two, single):
     assert_same_from_half(single["constant"], half)
 
 
-def test_one_rank_has_all_parts(runs, single):
+def test_one_process_without_a_launcher_has_all_parts(runs, single):
     folder = make_job(runs, "untied one", "untied")
-    spread([folder], 1)
+    run(folder)
     assert_near(single["untied"], folder)
     assert_students_near(single["untied"], folder)
 
 
 def test_bfloat16_products_over_float32_parameters(runs, two):
-    alone = training_job(
-        runs["tied"], "bf16 single", "distill", world={"name": "single", "precision": "bfloat16"}, **STEPS, **ONLINE
-    )
+    world = {"name": "single", "precision": "bfloat16"}
+    alone = training_job(runs["tied"], "bf16 single", "distill", world=world, **{**STEPS, **HALF, **ONLINE})
     run(alone)
     for name in ("bf16", "bf16 offload"):
         losses = [[record["loss"] for record in metrics(folder)[1:]] for folder in (alone, two[name])]

@@ -1,7 +1,9 @@
 """A checkpoint is whole or absent, `latest` names a durable one, nothing damaged is read, no step waits for disks."""
 
+import os
 import resource
 import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -71,6 +73,23 @@ def test_what_changes_after_save_returned_is_not_in_the_checkpoint(tmp_path, mon
         assert checkpoint.read_state(tmp_path / f"step-{step}")["validations"] == {"start": step}
         assert same(loaded(tmp_path / f"step-{step}"), tensors(step))
     assert made.last_seconds > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
+def test_the_writing_thread_steps_aside_and_nothing_else_changes(tmp_path, monkeypatch):
+    seen, original = [], Checkpoints._publish
+
+    def watched(*arguments):
+        seen.append((os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        original(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "_publish", watched)
+    mine = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), torch.serialization.get_crc32_options()
+    save(tmp_path, 1)
+    assert seen == [(os.SCHED_BATCH, 19)]
+    assert mine == (
+        os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), torch.serialization.get_crc32_options()
+    )  # fmt: skip
 
 
 def test_copies_follow_tensors_that_change_their_shape_or_are_gone(tmp_path):

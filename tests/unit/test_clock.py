@@ -93,11 +93,18 @@ def test_a_part_that_does_not_exist_is_refused(hands):
         pass
 
 
-def test_parts_add_up_to_the_time_on_the_wall_and_cost_microseconds():
+def test_parts_add_up_to_the_time_on_the_wall():
     clock, began = Clock(CPU), time.perf_counter()
     for _ in range(1000):
         with clock("data"), clock("forward"):
             pass
-    spent = time.perf_counter() - began
-    assert sum(clock.take().values()) == pytest.approx(spent, rel=0.1, abs=0.01)
-    assert spent < 0.1  # 2000 parts: 50 µs each on the worst of days
+    taken = clock.take()
+    assert sum(taken.values()) == pytest.approx(time.perf_counter() - began, rel=0.2, abs=0.05)
+
+
+def test_a_part_costs_microseconds():
+    clock, began = Clock(CPU), time.thread_time()
+    for _ in range(1000):
+        with clock("data"), clock("forward"):
+            pass
+    assert (time.thread_time() - began) / 2000 < 50e-6

@@ -80,7 +80,7 @@ class ZeRO3(Strategy):
         self.deepspeed = _import_deepspeed(world)
         super().__init__(settings, world)
         join(world, timeout)
-        self.deepspeed.init_distributed(verbose=False)
+        self.deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.mesh = init_device_mesh("cpu", (world.size,))
         self.folder = folder
         self.loss_factor = float(world.size)  # the reduction of gradients takes the mean
