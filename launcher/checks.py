@@ -194,6 +194,8 @@ def _optimiser(config: Config) -> Iterator[str]:
     )  # fmt: skip
     if config.strategy.offload and config.strategy.name != "zero3":
         yield f"strategy.offload=true: works with strategy.name=zero3 only, got {config.strategy.name}"
+    if config.strategy.compile and config.strategy.name == "zero3":
+        yield "strategy.compile=true: zero3 cannot; use strategy.name=fsdp"
     if config.strategy.shard == "node" and config.strategy.name not in ("auto", "fsdp"):
         yield f"strategy.shard=node: works with strategy.name=fsdp only, got {config.strategy.name}"
 

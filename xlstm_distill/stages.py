@@ -1,5 +1,6 @@
 """`python -m xlstm_distill JOB_DIR`: a stage's name → its function, and how it ends."""
 
+import errno
 import importlib
 import os
 import sys
@@ -24,6 +25,8 @@ STAGES = {
     "report": "xlstm_distill.evaluate.report:run",
 }
 """Each function takes (folder, world, stop) and returns the facts for the manifest, on every rank."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the user has to mend: no room, or no right to write."""
 
 
 def run_job(path: Path) -> None:
@@ -62,6 +65,13 @@ def main(arguments: list[str]) -> int:
         run_job(Path(arguments[0]))
     except Mistake as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except OSError as error:
+        if error.errno not in DISK:
+            traceback.print_exc()
+            return 1
+        place = error.filename or arguments[0]
+        print(f"error: {place}: {error.strerror}; make room or give the rights, and launch again", file=sys.stderr)
         return MISTAKE
     except Stopped as error:
         print(error, file=sys.stderr, flush=True)

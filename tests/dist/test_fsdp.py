@@ -162,10 +162,11 @@ def test_bfloat16_parameters_travel_as_such_and_gradients_are_summed_in_float32(
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_numbers(jobs, single):
-    """On one process, and on two with recomputation: that is compiled, too."""
-    one = make_job(jobs, "compiled single", "cached", {"compile": True})
-    two = make_job(jobs, "compiled two", "cached", {**GRIDS["two"].strategy, **RECOMPUTE, "compile": True})
+@pytest.mark.parametrize("more", [{}, pytest.param(RECOMPUTE, marks=pytest.mark.soak)], ids=["plain", "recompute"])
+def test_compiled_layers_give_the_same_numbers(jobs, single, more):
+    """The second start finds the graphs of the first in inductor's cache: sharding does not change them."""
+    one = make_job(jobs, f"compiled single {len(more)}", "cached", {**more, "compile": True})
+    two = make_job(jobs, f"compiled two {len(more)}", "cached", {**GRIDS["two"].strategy, **more, "compile": True})
     for world, folder in ((1, one), (2, two)):
         spread([folder], world, seconds=600)
         assert_near(single["cached"], folder, later=1e-3)

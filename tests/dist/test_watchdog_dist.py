@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import platform
 import re
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from xlstm_distill.contract.job import World
+from xlstm_distill.runtime.pace import Pace
 from xlstm_distill.runtime.watchdog import Watchdog, flight_recorder
 
 folder, how, victim, stuck_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), 20
@@ -47,6 +49,7 @@ def stuck_in_c():
 def going_on():
     pass
 
+pace = Pace(world)
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 with Watchdog(folder, world, float(sys.argv[4])) as watchdog:
     for step in range(200 if how == "finish" else 10**6):
@@ -56,6 +59,8 @@ with Watchdog(folder, world, float(sys.argv[4])) as watchdog:
         watchdog.beat(step, "forward")
         dist.all_reduce(torch.ones(1))
         time.sleep(0.02)
+        if slow := pace.step(0.3 if world.rank == victim else 0.1, 1.0):
+            print(slow, flush=True)
 """
 STEP_20_OF_DATA = "at step 20, data"
 
@@ -149,22 +154,25 @@ def test_what_torch_recorded_of_the_last_collectives_is_kept(loop, tmp_path):
     wait_until_gone(ranks, time.monotonic())
     for rank in (0, 1):
         entries = pickle.loads((tmp_path / f"logs/collectives-{rank}").read_bytes())["entries"]
-        assert [entry["profiling_name"] for entry in entries] == ["gloo:all_reduce"] * (21 - rank)
+        assert [e["profiling_name"] for e in entries].count(
+            "gloo:all_reduce"
+        ) == 21 - rank  # the other waits in its 21st
 
 
-def test_ranks_that_go_on_are_left_alone_and_leave_no_files(loop, tmp_path):
-    loop("finish", 1).wait(0)
+def test_ranks_that_go_on_are_left_alone_and_leave_no_files_and_a_slow_one_is_named(loop, tmp_path):
+    said = loop("finish", 1).wait(0)
+    line = f"rank 1 (host {platform.node()}) is slow: data 3.0× the median of the others (0.30 s per step)"
+    assert said.count(line) == 4  # on both ranks, at steps 20 and 120
     assert not list((tmp_path / "heartbeats").iterdir())
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_training_whose_rank_was_stopped_ends_and_goes_on_to_the_same_end(run_of_jobs, victim):
+def test_a_training_whose_first_rank_was_stopped_ends_and_goes_on_to_its_end(run_of_jobs):
     """As a local launch runs it, through torch's elastic launch."""
+    victim = 0
     settings = {"tokens": 120 * TOKENS_PER_STEP, "validate_every": 0, "checkpoint_every": 5}
-    folder = training_job(run_of_jobs, f"victim {victim}", "distill", **settings)
+    folder = training_job(run_of_jobs, "stopped", "distill", **settings)
     guard = replace(folder.config.guard, stuck_seconds=T_TRAINING)
-    folder = replace(folder, config=replace(folder.config, guard=guard))
-    folder.write()
+    replace(folder, config=replace(folder.config, guard=guard)).write()
     command = [sys.executable, "-m", "xlstm_distill.runtime.elastic", "2", str(folder.path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDL_LOGS": str(folder.logs)}
     launched = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -183,5 +191,6 @@ def test_a_training_whose_rank_was_stopped_ends_and_goes_on_to_the_same_end(run_
     assert "xlstm_distill/train/loop.py" in said
     saved = int(latest.read_text().removeprefix("step-"))
     assert saved >= 5
+    folder.write()  # with the usual T
     assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, timeout=240, check=False).returncode == 0
     assert [record["step"] for record in metrics(folder)] == list(range(121))

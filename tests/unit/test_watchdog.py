@@ -100,7 +100,8 @@ def sleeper():
     process.wait()
 
 
-def test_only_the_very_process_is_killed(sleeper):
+def test_only_the_very_process_is_killed(sleeper, monkeypatch):
+    monkeypatch.setattr(heartbeat, "ABORT_SECONDS", 0.05)
     started = heartbeat._started(sleeper.pid)
     mine = replace(beat(0), pid=sleeper.pid, started=started, host=platform.node())
     heartbeat.kill([replace(mine, started=started + 1), replace(mine, started=0), replace(mine, host="another")])

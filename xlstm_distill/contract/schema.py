@@ -215,7 +215,8 @@ class Guard:
     skip_limit: int = 5
     """So many skipped steps in a row, for losses or gradients that are not finite, end the job."""
     spike_sigma: float = 0.0
-    """Skip a step whose loss lies so many standard deviations above the mean of the last 128 steps; 0: never."""
+    """Skip a step whose loss or gradient norm lies so many standard deviations above the mean of the last 128 steps;
+    0: never."""
 
 
 @dataclass(frozen=True)
@@ -289,9 +290,9 @@ class Strategy:
     offload: bool = False
     """zero3: parameters and optimiser state wait in host memory."""
     activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass."""
+    """Recompute each layer in the backward pass. Stage II; Stage I keeps no activations."""
     compile: bool = False
-    """torch.compile each decoder layer."""
+    """torch.compile each decoder layer, of Stage II and of the teacher beside it."""
     threads: int = 0
     """CPU threads per rank; 0: the cores divided by the ranks."""
 

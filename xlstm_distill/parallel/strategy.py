@@ -18,6 +18,8 @@ from xlstm_distill.contract.schema import Strategy as Settings
 from xlstm_distill.parallel.load import materialise, read_weights
 from xlstm_distill.parallel.state import set_optimizer_step, training_state
 
+LONGEST_SECONDS = 1800.0
+"""For which a collective may wait where no step is made."""
 Read = Callable[[dict[str, Tensor]], None]
 """Fills tensors from a checkpoint, in place."""
 
@@ -48,11 +50,12 @@ class Strategy:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.settings.precision]
 
     def prepare(self, model: nn.Module, weights: Path, replicated: Iterable[nn.Parameter] = ()) -> None:
-        """Make a causal LM with `model.layers`, built on the meta device, real: in the order compile, shard, read.
+        """Make a causal LM with `model.layers`, built on the meta device, real.
 
-        Activation checkpointing belongs to the layers' own `__call__` (transformers' GradientCheckpointingLayer), so it
-        stands outside of all of these: what is recomputed is the compiled, sharded layer. Compilation comes before
-        sharding, so that the hooks which gather a layer's parameters stay outside of its graphs.
+        The order, from inside to outside of a layer: recompute, compile, shard; the weights are read last, each rank
+        its own. Activation checkpointing wraps the layers' `forward` (transformers' GradientCheckpointingLayer, when it
+        was enabled before), so the compiled graph holds the recomputation, and the hooks that gather a layer's
+        parameters stay outside of both: they run once forward and once backward, and break no graph.
 
         Args:
             model: its parameters are empty; buffers are real.
@@ -150,9 +153,10 @@ def make_strategy(settings: Settings, world: World, folder: JobFolder | None = N
     """
     from xlstm_distill.parallel.fsdp import FullySharded
 
-    # A little more than the watchdog waits: it speaks first, and names the rank.
+    # More than the watchdog waits: it speaks first, and names the rank. And others wait while rank 0 converts a teacher
+    # or writes a student, where no step is made.
     stuck = folder.config.guard.stuck_seconds if folder else 0.0
-    timeout = stuck + 60 if stuck else 0.0
+    timeout = max(stuck + 60, LONGEST_SECONDS) if stuck else 0.0
     if settings.name == "single" and world.size > 1:
         raise Mistake(f"strategy.name=single: {world.size} ranks were started; use strategy.name=fsdp or one GPU")
     if settings.name == "zero3":

@@ -29,8 +29,7 @@ def launch(ranks: int, job_folder: str) -> int:
     Returns:
         0, or the exit code of the rank that failed first (128 + n for a signal n).
     """
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -46,8 +45,8 @@ def launch(ranks: int, job_folder: str) -> int:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(),
     )
-    # Called when a rank has failed; torch's waits 30 s, whatever the shutdown timeout, which is for signals.
-    LocalElasticAgent._stop_workers = lambda agent, *_, **__: agent._shutdown(timeout=FAILED_SECONDS)  # type: ignore
+    # What ends the others when a rank has failed waits 30 s, whatever the shutdown timeout: that one is for signals.
+    PContext.close.__defaults__ = (None, FAILED_SECONDS)
     os.environ[DIE_WITH_PARENT] = "1"  # the ranks lead sessions of their own: nobody else would end them
     try:
         elastic_launch(config, sys.executable)("-m", "xlstm_distill", job_folder)

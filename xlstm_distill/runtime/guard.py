@@ -63,7 +63,7 @@ class Guard:
             return line
         raise Mistake(
             f"{self.row} steps in a row were skipped (guard.skip_limit), the last: {line}; look at these samples, or "
-            f"lower the learning rate and start from an earlier checkpoint"
+            f"train anew with a lower learning rate under another --name"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -138,8 +138,8 @@ def waits(stack: Sequence[str]) -> bool:
 def kill(beats: Collection[Heartbeat]) -> None:
     """End those of the processes that are on this host and still the same: with SIGABRT, at which faulthandler prints
     all stacks, then with SIGKILL: one that was stopped heeds nothing else."""
-    for number in (signal.SIGABRT, signal.SIGKILL):
+    for number, wait in ((signal.SIGABRT, ABORT_SECONDS), (signal.SIGKILL, 0.0)):
         for beat in (b for b in beats if b.host == platform.node() and b.started and _started(b.pid) == b.started):
             with suppress(OSError):
                 os.kill(beat.pid, number)
-        time.sleep(ABORT_SECONDS)
+        time.sleep(wait)

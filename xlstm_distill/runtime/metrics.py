@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -39,6 +40,7 @@ class Metrics:
         self.total = total
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
+        self._told = False
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,16 @@ class Metrics:
         if self._file is None:
             return
         record = {"time": round(time.time(), 3), "step": step, "total": self.total, **(values or {})}
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            self._write(json.dumps(record) + "\n", step, values or {})
+        except OSError as error:  # a full disk is the checkpoint's to tell, on all ranks together
+            if not self._told:
+                print(f"step {step}: not recorded in metrics.jsonl and TensorBoard ({error.strerror})", flush=True)
+            self._told = True
+
+    def _write(self, line: str, step: int, values: Mapping[str, float]) -> None:
+        assert self._file is not None
+        self._file.write(line)
         if self._board and values:
             from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -86,10 +97,10 @@ class Metrics:
 
     def close(self) -> None:
         """Flush and close."""
-        if self._file:
-            self._file.close()
-        if self._board:
-            self._board.close()
+        for opened in (self._file, self._board):
+            with suppress(OSError):  # must not take the place of the error that ends the job
+                if opened:
+                    opened.close()
 
     def __enter__(self) -> "Metrics":
         return self

@@ -47,7 +47,7 @@ class StopFlag:
 
     def expect(self, seconds: float) -> None:
         """From now on a stop needs so many seconds until its checkpoint is durable: the step before the next question,
-        and the save. Given generously: twice the longest step, and the last save."""
+        a save that is under way, and its own."""
         self.margin = LEAVING_SECONDS + seconds
 
     def requested(self, also: bool = False) -> bool:

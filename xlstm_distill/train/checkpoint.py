@@ -31,6 +31,11 @@ from xlstm_distill.train.staging import Copies
 
 T = TypeVar("T")
 LATEST, HASHES, STATE = "latest", "hashes.json", "state.json"
+UNKNOWN_SECONDS = 30.0
+"""Stands for a save until one was timed."""
+WAITING_SECONDS = 1.0
+LONGEST_SECONDS = 3600.0
+"""A save that is waited for longer counts as stuck."""
 
 
 class Checkpoints:
@@ -40,7 +45,7 @@ class Checkpoints:
     those of the steps. Whatever fails on one rank is known to all of them.
     """
 
-    last_seconds = 0.0
+    last_seconds = UNKNOWN_SECONDS
     """From the end of the last save's copying until it was durable."""
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
@@ -54,6 +59,8 @@ class Checkpoints:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._group = dist.new_group(backend="gloo") if _distributed() else None
         self._copies = Copies()
+        self.waiting: Callable[[], None] = lambda: None
+        """Called every second while a save is waited for, up to `LONGEST_SECONDS`."""
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -89,7 +96,11 @@ class Checkpoints:
             Mistake: it could not be written (disk full, folder read-only, …); the same on every rank.
         """
         if self._writer is not None:
-            self._writer.join()
+            began = time.monotonic()
+            while self._writer.is_alive():
+                self._writer.join(WAITING_SECONDS)
+                if time.monotonic() - began < LONGEST_SECONDS:
+                    self.waiting()
             self._writer = None
         error, self._error = self._error, None
         if error is not None:
@@ -212,6 +223,15 @@ def latest(folder: Path) -> Path | None:
         return folder / (folder / LATEST).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
+
+
+def newest(folder: Path) -> Path | None:
+    """`latest` as rank 0 sees it, on every rank: on a network file system another node may still see an older one.
+    Collective."""
+    found = [latest(folder) if _rank() == 0 else None]
+    if _distributed():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

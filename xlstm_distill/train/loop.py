@@ -112,125 +112,160 @@ def train(
         Stopped: a stop was requested; a checkpoint is durable.
         Mistake: the checkpoint is of other settings, or cannot be written; too many steps in a row were sick.
     """
-    sequence, lead = folder.config.data.sequence, strategy.world.rank == 0
-    at = Progress(max(1, settings.tokens // (settings.batch * sequence)))
-    guard, pace, clock = Guard(folder.config.guard), Pace(strategy.world), task.clock
-    saver = checkpoint.Checkpoints(folder.checkpoints, folder.config.guard.keep, folder.config.guard.keep_every)
-    _resume(at, guard, task, stream, folder)
-    first, saved, started = at.done, at.done if at.resumed else -1, time.monotonic()
+    run = _Run(task, stream, settings, folder, strategy, stop)
+    at, first, started = run.at, run.at.done, time.monotonic()
     values: dict[str, float] = {}
-
-    def save() -> None:
-        nonlocal saved
-        if saved != at.done:  # a stop right after a checkpoint: replacing it would leave a moment without one
-            saved = at.done
-            with clock("checkpoint"):
-                saver.save(at.done, task.training_state(), _state(at, guard, task, stream, folder))
-
-    def poll(phase: str) -> None:
-        watchdog.beat(at.done, phase)
-        if stop.requested(saver.failed):
-            saver.wait()  # tells on all ranks together of what failed on one
-            raise Stopped(phase)
-
-    resume_at = at.done if at.resumed else -1
-    with (
-        Metrics(folder.path, at.steps, resume_at=resume_at, enabled=lead, tensorboard=True) as metrics,
-        Watchdog(folder.path, strategy.world, folder.config.guard.stuck_seconds) as watchdog,
-    ):
-        measures = StepMeasures(folder, strategy.world, task.flops, strategy.device, metrics, at.done)
-        clock.take()  # what came before belongs to no step
+    with run.watchdog, run.metrics:
+        run.begin()
         try:
             while True:
                 if due := at.validation_due(settings.validate_every):
-                    with clock("validation"):
-                        at.validations[due] = measured = task.validate(poll)
-                        values |= measured | log_gates(metrics, at.done, task.gates)
+                    values |= run.validate(due)
                 if values:
-                    metrics.log(at.done, values)
+                    run.metrics.log(at.done, values)
                     values = {}
                 if at.done == at.steps:
                     break
                 if at.done % settings.checkpoint_every == 0 and at.done > first:
-                    save()
-                poll("data")
-                began, used = time.monotonic(), time.process_time()
-                with clock("data"):
-                    batch = next(stream)
-                waited = time.monotonic() - began
-                watchdog.beat(at.done, "step")
-                values = {"lr": set_learning_rate(task.optimizer, at.done, at.steps, settings)}
-                values |= task.gradients(batch)
-                if reason := guard.judge(values):
-                    task.discard()
-                    print(guard.report(at.done + 1, reason, lambda: stream.describe(at.done)), flush=True)
-                else:
-                    with clock("optimizer"):
-                        task.update()
-                at.done += 1
-                values |= {"skipped": guard.skipped} | measures.record(at.done, settings.batch * sequence, clock)
-                stop.expect(2 * (time.monotonic() - began) + saver.last_seconds)
-                if slow := pace.step(waited, time.process_time() - used if strategy.device.type == "cpu" else 0.0):
-                    print(f"step {at.done}: {slow}", flush=True)
-                values["pace/slowest"] = pace.slowest
+                    run.save()
+                run.poll("data")
+                values = run.step()
         except Stopped as stopped:
             if values:  # of the step before the validation that was broken off
-                metrics.log(at.done, values)
-            save()
-            saver.wait()
+                run.metrics.log(at.done, values)
+            run.save()
+            run.saver.wait()
             line = f"{folder.job.name}: stopped at step {at.done} of {at.steps}; launch again to go on"
             raise Stopped(line) from stopped
-        except Mistake:  # on all ranks together
-            with suppress(Mistake):
-                saver.wait()
+        except Mistake:
+            with suppress(Exception):  # a save that is nearly durable; what there is to tell is the mistake
+                run.saver.wait()
             raise
-        save()
-        saver.wait()
-        measures.end(at.done)
+        run.save()
+        run.saver.wait()
+        run.measures.end(at.done)
     seconds = max(time.monotonic() - started, 1e-9)
     return {
         "steps": at.steps,
-        "tokens": at.steps * settings.batch * sequence,
-        "tokens_per_s": round((at.done - first) * settings.batch * sequence / seconds, 1),
-        "skipped": guard.skipped,
+        "tokens": at.steps * run.tokens,
+        "tokens_per_s": round((at.done - first) * run.tokens / seconds, 1),
+        "skipped": run.guard.skipped,
         "validation": {"start": at.validations["start"], "end": at.validations["end"]},
     }
 
 
-def _state(at: Progress, guard: Guard, task: Task, stream: SampleStream, folder: JobFolder) -> dict[str, Any]:
-    """What a checkpoint says besides tensors."""
-    return {
-        "updates": at.done - guard.skipped,
-        "stream": stream.state_dict(),
-        "validations": at.validations,
-        "gates": task.gates,
-        "guard": guard.state_dict(),
-        "identity": dict(folder.job.identity),
-    }
+class _Run:
+    """What `train` is made of: each method is one line of its loop."""
 
+    measures: StepMeasures
 
-def _resume(at: Progress, guard: Guard, task: Task, stream: SampleStream, folder: JobFolder) -> None:
-    """Take everything from the newest checkpoint, if there is one.
-
-    Raises:
-        Mistake: the checkpoint is of other settings, or beyond the steps of this budget.
-    """
-    newest = checkpoint.latest(folder.checkpoints)
-    if newest is None:
-        return
-    state = checkpoint.read_state(newest)
-    _check_fits(newest, state["identity"], folder)
-    at.done, at.validations, at.resumed, task.gates = int(state["step"]), state["validations"], True, state["gates"]
-    if at.done > at.steps:
-        raise Mistake(
-            f"{folder.job.name}: its checkpoint is at step {at.done}, beyond the {at.steps} steps of this token "
-            f"budget; give the larger {folder.job.stage}.tokens again, or use another --name"
+    def __init__(
+        self,
+        task: Task,
+        stream: SampleStream,
+        settings: Training,
+        folder: JobFolder,
+        strategy: Strategy,
+        stop: StopFlag,
+    ) -> None:
+        self.task, self.stream, self.settings, self.folder, self.strategy = task, stream, settings, folder, strategy
+        self.stop, limits, world = stop, folder.config.guard, strategy.world
+        self.tokens = settings.batch * folder.config.data.sequence
+        """Of a step."""
+        self.at = Progress(max(1, settings.tokens // self.tokens))
+        self.guard, self.pace, self.clock = Guard(limits), Pace(world), task.clock
+        self.saver = checkpoint.Checkpoints(folder.checkpoints, limits.keep, limits.keep_every)
+        self.resume()
+        resume_at = self.at.done if self.at.resumed else -1
+        self.saved = resume_at
+        self.metrics = Metrics(
+            folder.path, self.at.steps, resume_at=resume_at, enabled=world.rank == 0, tensorboard=True
         )
-    if at.done < at.steps and "end" in at.validations:  # a larger budget: that was not the end
-        at.validations[str(at.done)] = at.validations.pop("end")
-    task.load_training_state(lambda tensors: checkpoint.load(newest, tensors), int(state["updates"]))
-    stream.load_state_dict(state["stream"])
-    guard.load_state_dict(state["guard"])
+        self.watchdog = Watchdog(folder.path, world, limits.stuck_seconds)
+        self.saver.waiting = lambda: self.watchdog.beat(self.at.done, "checkpoint")
+
+    def begin(self) -> None:
+        """Enter the start in the ledger; what came before belongs to no step."""
+        world, device = self.strategy.world, self.strategy.device
+        self.measures = StepMeasures(self.folder, world, self.task.flops, device, self.metrics, self.at.done)
+        self.clock.take()
+
+    def poll(self, phase: str) -> None:
+        """Say what comes next, and ask whether any rank was told to stop, or a save has failed on one."""
+        self.watchdog.beat(self.at.done, phase)
+        if self.stop.requested(self.saver.failed):
+            self.saver.wait()  # tells on all ranks together of what failed on one
+            raise Stopped(phase)
+
+    def validate(self, due: str) -> dict[str, float]:
+        """The validation of this name."""
+        with self.clock("validation"):
+            self.at.validations[due] = measured = self.task.validate(self.poll)
+            return measured | log_gates(self.metrics, self.at.done, self.task.gates)
+
+    def step(self) -> dict[str, float]:
+        """One step; what to log of it."""
+        at, task, began, used = self.at, self.task, time.monotonic(), time.process_time()
+        with self.clock("data"):
+            batch = next(self.stream)
+        waited = time.monotonic() - began
+        self.watchdog.beat(at.done, "step")
+        values = {"lr": set_learning_rate(task.optimizer, at.done, at.steps, self.settings)} | task.gradients(batch)
+        if reason := self.guard.judge(values):
+            task.discard()
+            print(self.guard.report(at.done + 1, reason, lambda: self.stream.describe(at.done)), flush=True)
+        else:
+            with self.clock("optimizer"):
+                task.update()
+        at.done += 1
+        values |= {"skipped": self.guard.skipped} | self.measures.record(at.done, self.tokens, self.clock)
+        # A stop that meets a save waits for that one, and makes another.
+        self.stop.expect(2 * (time.monotonic() - began + self.saver.last_seconds))
+        # On a GPU the process's own time says nothing about what it computes.
+        computed = time.process_time() - used if self.strategy.device.type == "cpu" else 0.0
+        if slow := self.pace.step(waited, computed):
+            print(f"step {at.done}: {slow}", flush=True)
+        return values | {"pace/slowest": self.pace.slowest}
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one: to replace it would leave a moment without one."""
+        if self.saved == self.at.done:
+            return
+        self.saved = self.at.done
+        state = {
+            "updates": self.at.done - self.guard.skipped,
+            "stream": self.stream.state_dict(),
+            "validations": self.at.validations,
+            "gates": self.task.gates,
+            "guard": self.guard.state_dict(),
+            "identity": dict(self.folder.job.identity),
+        }
+        with self.clock("checkpoint"):
+            self.saver.save(self.at.done, self.task.training_state(), state)
+
+    def resume(self) -> None:
+        """Take everything from the newest checkpoint, if there is one.
+
+        Raises:
+            Mistake: the checkpoint is of other settings, or beyond the steps of this budget.
+        """
+        newest = checkpoint.newest(self.folder.checkpoints)
+        if newest is None:
+            return
+        state, at, job = checkpoint.read_state(newest), self.at, self.folder.job
+        _check_fits(newest, state["identity"], self.folder)
+        at.done, at.validations, at.resumed = int(state["step"]), state["validations"], True
+        if at.done > at.steps:
+            raise Mistake(
+                f"{job.name}: its checkpoint is at step {at.done}, beyond the {at.steps} steps of this token budget; "
+                f"give the larger {job.stage}.tokens again, or use another --name"
+            )
+        if at.done < at.steps and "end" in at.validations:  # a larger budget: that was not the end
+            at.validations[str(at.done)] = at.validations.pop("end")
+        self.task.gates = state["gates"]
+        self.task.load_training_state(lambda tensors: checkpoint.load(newest, tensors), int(state["updates"]))
+        self.stream.load_state_dict(state["stream"])
+        self.guard.load_state_dict(state["guard"])
 
 
 def _check_fits(newest: Path, saved: Mapping[str, Any], folder: JobFolder) -> None:
