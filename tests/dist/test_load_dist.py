@@ -21,7 +21,7 @@ SLACK = 12 * MIB
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """`large`: 196 MiB in float32, in bfloat16 on disk as teachers are, in several files; `small` to warm up with."""
+    """`large`: 188 MiB in float32, in bfloat16 on disk as teachers are, in several files; `small` to warm up with."""
     folder = tmp_path_factory.mktemp("models")
     tiny_teacher(**SHAPE).bfloat16().save_pretrained(folder / "large", max_shard_size="20MB")
     assert len(list((folder / "large").glob("*.safetensors"))) >= 4

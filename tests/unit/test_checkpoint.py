@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from train_support import small_disk
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.train import checkpoint
@@ -284,19 +285,6 @@ def test_a_state_that_is_not_json_fails_at_once(tmp_path):
     with pytest.raises(TypeError):
         Checkpoints(tmp_path, 1).save(1, tensors(1), {"thing": object()})
     assert names(tmp_path) == []
-
-
-@contextmanager
-def small_disk(folder, size):
-    """A file system of its own; skips where none may be mounted."""
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_and_a_read_only_disk_are_named(tmp_path):

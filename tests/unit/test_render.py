@@ -147,6 +147,15 @@ def test_a_stop_long_before_the_limit_is_a_preemption_and_requeues_this_element(
     assert play(tmp_path, SEGMENTS, SRUN_CODE="75", REQUEUE_CODE="1")[0] == 0
 
 
+def test_a_stop_by_its_file_is_neither_requeued_nor_left_to_the_next_segment(tmp_path: Path) -> None:
+    for job in (PLAIN, SEGMENTS):
+        (tmp_path / "jobs" / job.name).mkdir(parents=True)
+        (tmp_path / "jobs" / job.name / "stop").touch()
+        code, calls = play(tmp_path, job, SRUN_CODE="75")
+        assert code == 1
+        assert not any("requeue" in call for call in calls)
+
+
 def test_a_crash_is_tried_again_until_it_makes_no_progress(tmp_path: Path) -> None:
     latest = tmp_path / "jobs/distill-math/checkpoints/latest"
     latest.parent.mkdir(parents=True)

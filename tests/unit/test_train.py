@@ -1,10 +1,12 @@
 """Training: an interrupted run ends where an unbroken one does, to the bit; accumulation changes nothing."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +21,12 @@ from train_support import (
     make_run,
     metrics,
     run,
+    small_disk,
     training_job,
     weights,
 )
 
+from xlstm_distill import stages
 from xlstm_distill.contract.exitcode import Mistake, Stopped
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.schema import Guard
@@ -341,3 +345,23 @@ def test_a_stop_inside_a_validation_saves_and_the_validation_is_made_later(jobs,
     for record in metrics(folder):
         merged[record["step"]] = merged.get(record["step"], {}) | record
     assert list(merged.values()) == metrics(whole)
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_job_on_a_disk_that_takes_nothing_ends_with_one_line(jobs, tmp_path, capfd, how):
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        shutil.copytree(jobs / "fetch", disk / "fetch")
+        shutil.copytree(jobs / "align", disk / "align")
+        (disk / "cache").symlink_to(jobs / "cache")
+        folder = training_job(jobs, "distill-disk", "distill")
+        shutil.copytree(folder.path, disk / "distill-disk")
+        if how == "full":
+            with suppress(OSError), (disk / "fill").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert stages.main([str(disk / "distill-disk")]) == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert [line for line in errors.splitlines() if line.startswith("error: ")]

@@ -1,11 +1,14 @@
 """A run that can be trained in a second: a random Llama, shards of random tokens with uneven masks, job folders."""
 
 import itertools
+import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from model_support import VOCABULARY, tiny_teacher
 from safetensors.torch import load_file
@@ -149,3 +152,16 @@ def metrics(folder: JobFolder) -> list[dict]:
         {k: v for k, v in record.items() if k not in varies and not k.startswith(groups)}
         for record in read_metrics(folder.path)
     ]
+
+
+@contextmanager
+def small_disk(folder, size):
+    """A file system of its own; skips where none may be mounted."""
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
