@@ -68,10 +68,11 @@ class Stopper:
     chance: random.Random
     place: Path
     starting: float = 10.0
-    """Seconds of a start until its loop."""
+    """Seconds of a start until the end of its first step."""
 
     def stop(self, folder: JobFolder, how: str) -> None:
-        """At a random moment, now and then before the loop."""
+        """At a random moment after the first step, now and then before it."""
+        steps = len(metrics(folder))
         victim, after = self.chance.randrange(2), self.chance.uniform(0, MOST_SECONDS)
         began = time.monotonic()
         text = LIMITED.format(victim=victim, seconds=self.starting + after) if how == "deadline" else ""
@@ -79,8 +80,7 @@ class Stopper:
         if how != "deadline":
             until_listening(ranks)
             if self.chance.random() < 0.8:
-                heartbeats = [folder.path / f"heartbeats/rank-{rank}.json" for rank in range(2)]
-                ranks.until(lambda: all(path.exists() for path in heartbeats))
+                ranks.until(lambda: len(metrics(folder)) > steps)
                 self.starting = time.monotonic() - began
             time.sleep(after)
             if how == "stop file":

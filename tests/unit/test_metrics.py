@@ -26,6 +26,22 @@ def test_after_a_resume_the_later_lines_are_dropped(tmp_path, resume_at, kept):
     assert [record["step"] for record in read_metrics(tmp_path)] == [*kept, 7]
 
 
+def test_after_a_resume_what_is_logged_at_the_same_step_joins_its_line(tmp_path):
+    with Metrics(tmp_path, 9) as metrics:
+        for step in (0, 1, 2):
+            metrics.log(step, {"loss": step + 0.5})
+    with Metrics(tmp_path, 9, resume_at=1) as metrics:
+        metrics.log(1, {"validation/loss": 7.0})
+        metrics.log(2, {"loss": 8.0})
+        metrics.log(2, {"more": 1.0})
+    assert [{k: v for k, v in r.items() if k not in ("time", "total")} for r in read_metrics(tmp_path)] == [
+        {"step": 0, "loss": 0.5},
+        {"step": 1, "loss": 1.5, "validation/loss": 7.0},
+        {"step": 2, "loss": 8.0},
+        {"step": 2, "more": 1.0},
+    ]
+
+
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
     write(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"

@@ -22,6 +22,8 @@ FLUSH_SECONDS = 10
 class Metrics:
     """One line of `metrics.jsonl` per call of `log`: `{"time", "step", "total", NAME: number, …}`.
 
+    What is logged first at the step of the checkpoint joins the line of that step: a validation that a stop broke off.
+
     `step` of `total` is what the progress bars of `xdl launch` and `xdl status` show, in whatever unit the stage
     counts. Names with a slash (`loss/ce`) become groups in TensorBoard.
 
@@ -41,12 +43,14 @@ class Metrics:
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
         self._told = False
+        self._resumed: tuple[dict[str, float], int] | None = None
+        """The last record of the earlier process, and where its line begins."""
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if resume_at is not None:
-            keep_until(path, resume_at)
+            self._resumed = keep_until(path, resume_at)
         before = path.read_bytes() if path.exists() else b""
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if before and not before.endswith(b"\n"):  # torn by a kill
@@ -66,6 +70,11 @@ class Metrics:
             return
         record = {"time": round(time.time(), 3), "step": step, "total": self.total, **(values or {})}
         try:
+            if self._resumed and self._resumed[0]["step"] == step:
+                before, begins = self._resumed
+                record = before | record
+                self._file.truncate(begins)
+            self._resumed = None
             self._write(json.dumps(record) + "\n", step, values or {})
         except OSError as error:  # a full disk is the checkpoint's to tell, on all ranks together
             if not self._told:
@@ -116,11 +125,17 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return read_lines(folder / "metrics.jsonl")
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`: they came from steps that a resumed run does again."""
+def keep_until(path: Path, step: int) -> tuple[dict[str, float], int] | None:
+    """Drop the lines after `step`: they came from steps that a resumed run does again.
+
+    Returns:
+        The last record that is left and the offset of its line in bytes; None without one.
+    """
     if not path.exists():
-        return
+        return None
     kept = [r for r in read_metrics(path.parent) if r["step"] <= step]
+    lines = [json.dumps(r) + "\n" for r in kept]  # ASCII
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    beside.write_text("".join(lines), encoding="utf-8")
     beside.replace(path)
+    return (kept[-1], sum(map(len, lines[:-1]))) if kept else None
