@@ -20,49 +20,132 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings; `xdl config` lists them.")
 ]
 Name = Annotated[str, typer.Option("--name", metavar="RUN", help="Name of the run [the teacher's].")]
+Nodes = Annotated[int | None, typer.Option(help="Nodes of align and distill (or of the stage named).")]
+GpusPerNode = Annotated[int | None, typer.Option(help="GPUs per node of the same; one rank each.")]
+Time = Annotated[str | None, typer.Option(help="Time limit of the same, 04:00:00.")]
+Only = Annotated[bool, typer.Option("--only", help="The stage alone, without its ancestors.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Even where memory, disk or tokens will not be enough, or files, GPUs, tasks are missing."
+    ),
+]
 Run = Annotated[str, typer.Argument(metavar="[RUN]", help="Name below runs/, or a path.")]
+Jobs = Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="Some of its jobs; without: all.")]
+Scores = Annotated[str, typer.Option("--scores", metavar="FILE", help="JSON or CSV of scores instead of a run.")]
 Runs = Annotated[str, typer.Option("--runs", metavar="FOLDER", help="Folder of the runs.")]
 
 
 @app.command()
 def launch(
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes of align and distill (or of the stage named).")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per node of the same; one rank each.")] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit of the same, 04:00:00.")] = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    time: Time = None,
     name: Name = "",
-    only: Annotated[bool, typer.Option("--only", help="The stage alone, without its ancestors.")] = False,
+    only: Only = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show jobs and scripts; write and start nothing.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="On Slurm: watch until the jobs have ended.")] = False,
+    restart: Annotated[
+        list[str] | None, typer.Option(metavar="JOB", help="Make a job anew, perhaps with other settings; repeatable.")
+    ] = None,
+    cancel_obsolete: Annotated[
+        bool,
+        typer.Option("--cancel-obsolete", help="Cancel what is queued and is not wanted so any more."),
+    ] = False,
+    force: Force = False,
 ) -> None:
     """Run what is missing of the pipeline, up to stage=STAGE (fetch, tokenize, cache, align, distill, merge, eval,
     report; all without it). The same command again goes on where the last one stopped."""
     from launcher.launch import Placing, launch
 
     placing = Placing(nodes, gpus_per_node, time)
-    raise typer.Exit(launch(overrides or [], placing, name=name, only=only, dry_run=dry_run, follow=follow))
+    code = launch(
+        overrides or [],
+        placing,
+        name=name,
+        only=only,
+        dry_run=dry_run,
+        follow=follow,
+        restart=restart or [],
+        cancel_obsolete=cancel_obsolete,
+        force=force,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
-def status(run: Run = "", runs: Runs = "runs") -> None:
+def plan(
+    overrides: Overrides = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    time: Time = None,
+    name: Name = "",
+    only: Only = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")] = False,
+    force: Force = False,
+) -> None:
+    """Show what a launch would take: hours, tokens, memory by part, disk. Writes and starts nothing; exit code 2 where
+    something cannot fit."""
+    from launcher.launch import Placing, show_plan
+
+    placing = Placing(nodes, gpus_per_node, time)
+    raise typer.Exit(show_plan(overrides or [], placing, name=name, only=only, as_json=json, force=force))
+
+
+@app.command()
+def status(
+    run: Run = "",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Draw again until nothing is queued or runs.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON; what is unknown is null.")] = False,
+    runs: Runs = "runs",
+) -> None:
     """Show how the jobs of a run stand, or all runs."""
     from launcher.monitor import show_status
 
-    show_status(run, runs)
+    show_status(run, runs, as_json=json, watched=watch)
 
 
 @app.command()
 def logs(
     run: Run,
     job: Annotated[str, typer.Argument(metavar="[JOB]", help="A job; without it the one that wrote last.")] = "",
-    rank: Annotated[int, typer.Option(help="Which rank's log.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
+    rank: Annotated[int | None, typer.Option(help="This rank's log [rank 0 and ranks in trouble].")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the logs grow.")] = False,
     runs: Runs = "runs",
 ) -> None:
-    """Print a job's log."""
-    from launcher.monitor import show_log
+    """Print the logs of a job: of rank 0, and of any rank with a traceback."""
+    from launcher.logs import show_logs
 
-    show_log(run, job, rank, follow, runs)
+    show_logs(run, job, rank, follow, runs)
+
+
+@app.command()
+def cancel(run: Run, jobs: Jobs = None, runs: Runs = "runs") -> None:
+    """End jobs of a run at once, queued or running. `xdl stop` writes a checkpoint first."""
+    from launcher.control import cancel
+
+    cancel(run, jobs or [], runs)
+
+
+@app.command()
+def stop(run: Run, jobs: Jobs = None, runs: Runs = "runs") -> None:
+    """Stop jobs of a run: those that run write a checkpoint first, those that wait are cancelled."""
+    from launcher.control import stop
+
+    stop(run, jobs or [], runs)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def tensorboard(
+    run: Run,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[--port P] [--host H]...")] = None,
+    runs: Runs = "runs",
+) -> None:
+    """Start TensorBoard on a run."""
+    from launcher.control import tensorboard
+
+    raise typer.Exit(tensorboard(run, arguments or [], runs))
 
 
 @app.command()
@@ -77,17 +160,43 @@ def config(overrides: Overrides = None) -> None:
 @app.command()
 def report(
     run: Run = "",
-    scores: Annotated[str, typer.Option(metavar="FILE", help="JSON of scores instead of a run.")] = "",
+    scores: Scores = "",
+    beside: Annotated[
+        list[str] | None, typer.Option(metavar="RUN[:MODEL]", help="A student of another run [merged]; repeatable.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print Win-and-Tie and recovery as JSON.")] = False,
     runs: Runs = "runs",
 ) -> None:
     """Print and write scores, recovery, the Win-and-Tie curve and the critical tolerance of a run, or of any scores."""
     from launcher.launch import run_module
+    from launcher.runs import find_run, find_student
+
+    arguments = [str(find_run(run, runs))] if run else []
+    arguments += [f"--scores={scores}"] if scores else []
+    arguments += [f"--beside={find_student(other, runs)}" for other in beside or []]
+    raise typer.Exit(run_module("report", arguments + ["--json"] * json))
+
+
+@app.command()
+def gate(
+    run: Run = "",
+    student: Annotated[str, typer.Option(metavar="S", help="merged, aligned, an expert, …")] = "merged",
+    max_critical_tolerance: Annotated[str, typer.Option(metavar="A", help="Largest α* that passes, 0.05.")] = "",
+    min_recovery: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=R", help="Least recovery of a task, gsm8k=0.9; repeatable.")
+    ] = None,
+    scores: Scores = "",
+    runs: Runs = "runs",
+) -> None:
+    """Exit with 0 where a student is good enough, with 1 where it is not, and say which task decided."""
+    from launcher.launch import run_module
     from launcher.runs import find_run
 
     arguments = [str(find_run(run, runs))] if run else []
     arguments += [f"--scores={scores}"] if scores else []
-    raise typer.Exit(run_module("report", arguments + ["--json"] * json))
+    arguments += [f"--max-critical-tolerance={max_critical_tolerance}"] if max_critical_tolerance else []
+    arguments += [f"--min-recovery={condition}" for condition in min_recovery or []]
+    raise typer.Exit(run_module("gate", [*arguments, f"--student={student}"]))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -122,14 +231,31 @@ def export(
 
 @app.command()
 def doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --nodes: where, e.g. cluster=SITE.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Try so many nodes in a short job, and compare them.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="Ranks on each [as stage distill].")] = None,
+    write_site: Annotated[
+        str, typer.Option(metavar="NAME", help="Propose settings for this cluster, as cluster/NAME.yaml.")
+    ] = "",
     install_streaming: Annotated[
         bool, typer.Option("--install-streaming", help="Install mosaicml-streaming beside newer packages.")
     ] = False,
+    runs: Runs = "runs",
 ) -> None:
-    """Say what is missing on this machine."""
+    """Say what is missing on this machine, or what is wrong with nodes of the cluster."""
+    if nodes is not None:
+        from launcher.nodes import check_nodes
+
+        raise typer.Exit(check_nodes(nodes, gpus_per_node, overrides or [], runs))
+    if write_site:
+        from launcher.site import write_site as write
+
+        raise typer.Exit(write(write_site))
     import launcher.doctor as physician
 
-    raise typer.Exit(physician.install_streaming() if install_streaming else physician.diagnose())
+    raise typer.Exit(physician.install_streaming() if install_streaming else physician.diagnose(runs))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,9 @@ answered with the nearest right one.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from launcher.budget import budget_origins, with_budgets
 from launcher.checks import check
 from launcher.keys import hint_of, known_keys
+from launcher.union import union_origins, with_unions
 from xlstm_distill.contract.data import data_folder
 from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.files import read_yaml
 from xlstm_distill.contract.schema import Config, build, unknown_key
 
 if TYPE_CHECKING:
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+BASE_60 = re.compile(r"^[0-9]+(:[0-9]{1,2})+$")
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,14 @@ def compose(overrides: Sequence[str], flags: Mapping[str, Any] | None = None) ->
     for key in given.deleted:
         _delete(raw, origins, key)
     for key, value in {**given.values, **(flags or {})}.items():
-        _set(raw, key, value)
-        origins = {known: where for known, where in origins.items() if not known.startswith(f"{key}.")}
+        gone = _set(raw, key, value)
+        origins = {known: where for known, where in origins.items() if not known.startswith(gone)}
         origins.update(dict.fromkeys((path for path, _ in leaves(value, key)), COMMAND_LINE))
-    config = build(Config, absolute_paths(interpolated(raw)))
-    check(config)
+    stated = build(Config, absolute_paths(interpolated(raw)))
+    united = with_unions(stated)
+    check(united)
+    config = with_budgets(united)
+    origins.update({**union_origins(stated, united), **budget_origins(united, config)})
     return Resolved(config, {key: origins.get(key, DEFAULT) for key, _ in leaves(asdict(config))}, taken)
 
 
@@ -150,6 +159,8 @@ def _value(override: "Override", text: str) -> Any:
     hint = hint_of(key)
     if hint is None:
         raise Mistake(unknown_key(key, known_keys()))
+    if hint is str and override.is_sweep_override():
+        return text  # exclude=node3,node5
     if override.is_sweep_override():
         raise Mistake(f"{key}={text}: write a list as {key}=[a,b], and text with a comma in quotes")
     value = override.value()
@@ -177,7 +188,7 @@ def find(path: str, folders: Sequence[Path]) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise Mistake(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content or {}, Mapping):
@@ -204,8 +215,9 @@ def load(choices: Mapping[str, str], folders: Sequence[Path]) -> tuple[dict[str,
     loader = ConfigLoaderImpl(search_path)
     arguments = [f"{group}={name}" for group, name in choices.items()]
     try:
-        composed = loader.load_configuration("config", arguments, RunMode.RUN)
-        parts = loader.compute_defaults_list("config", arguments, RunMode.RUN).defaults
+        with _times_as_text():
+            composed = loader.load_configuration("config", arguments, RunMode.RUN)
+            parts = loader.compute_defaults_list("config", arguments, RunMode.RUN).defaults
         nested = dict(OmegaConf.to_container(composed, resolve=False))  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise Mistake(f"{folders[0]}: {' '.join(str(error).split())}") from error
@@ -214,6 +226,21 @@ def load(choices: Mapping[str, str], folders: Sequence[Path]) -> tuple[dict[str,
     raw = {str(key): value for key, value in nested.items() if key != "hydra"}
     taken = {group: name for group, _, name in (path.rpartition("/") for path, _ in paths) if group}
     return raw, dict(_origins(paths, folders)), taken
+
+
+@contextmanager
+def _times_as_text() -> Iterator[None]:
+    """While Hydra reads YAML 1.1, which takes an unquoted 12:00:00 for a number to the base 60, 43200: Slurm would be
+    asked for as many minutes."""
+    before = yaml.SafeLoader.yaml_implicit_resolvers
+    text = ("tag:yaml.org,2002:str", BASE_60)
+    yaml.SafeLoader.yaml_implicit_resolvers = {
+        first: [text, *found] if first.isdigit() else found for first, found in before.items()
+    }
+    try:
+        yield
+    finally:
+        yaml.SafeLoader.yaml_implicit_resolvers = before
 
 
 def _origins(paths: Sequence[tuple[str, str]], folders: Sequence[Path]) -> Iterator[tuple[str, str]]:
@@ -234,15 +261,18 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(inner, f"{key}.{name}" if key else str(name))
 
 
-def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+def _set(raw: dict[str, Any], key: str, value: Any) -> tuple[str, ...]:
+    """Put a value, or into a mapping the values of another. Returns how the keys begin that it replaced."""
     *parents, last = key.split(".")
     place = raw
     for name in parents:
         inner = place.get(name)
         place[name] = place = dict(inner) if isinstance(inner, Mapping) else {}
     if isinstance(value, Mapping) and isinstance(place.get(last), Mapping):
-        value = {**place[last], **value}
+        place[last] = {**place[last], **value}
+        return tuple(f"{key}.{name}." for name in value)
     place[last] = value
+    return (f"{key}.",)
 
 
 def _delete(raw: dict[str, Any], origins: dict[str, str], key: str) -> None:
@@ -276,8 +306,8 @@ def absolute_paths(raw: dict[str, Any]) -> dict[str, Any]:
         _absolute(raw["teacher"], "path")
     experts = raw.get("expert")
     holders = [raw.get("data"), *(experts.values() if isinstance(experts, dict) else ())]
-    for holder in holders:
-        sources = holder.get("sources") if isinstance(holder, dict) else None
+    mixtures = [holder.get("sources") if isinstance(holder, dict) else None for holder in holders]
+    for sources in [*mixtures, raw["eval"].get("texts") if isinstance(raw.get("eval"), dict) else None]:
         for source in sources.values() if isinstance(sources, dict) else ():
             if isinstance(source, dict) and source.get("kind") in ("text", "jsonl", "parquet"):
                 _absolute(source, "path")
@@ -285,5 +315,5 @@ def absolute_paths(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(holder: Any, key: str) -> None:
-    if isinstance(holder, dict) and isinstance(path := holder.get(key), str) and path:
+    if isinstance(holder, dict) and isinstance(path := holder.get(key), str) and path and "://" not in path:
         holder[key] = os.path.abspath(os.path.expanduser(path))

@@ -1,104 +1,87 @@
-"""`xdl status` and `xdl logs`: everything is read from the run folder, so they work while jobs run and after."""
+"""`xdl status`: how the jobs of a run stand (launcher/standing.py), as a table, as JSON, or drawn again and again."""
 
-import os
+import json
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from launcher.plan import Graph
-from launcher.progress import duration, last_record, loss_of, speed_of
+from launcher.progress import duration
 from launcher.runs import find_run, read_graph
+from launcher.scheduler import PATIENT_SECONDS, Sight, look
+from launcher.standing import JobStatus, held, read_ends, status_of
 from xlstm_distill.contract.exitcode import DONE, Mistake
-from xlstm_distill.contract.manifest import read_manifest
-from xlstm_distill.contract.state import begun
 
-QUIET = 600.0
-"""Seconds without a sign of life after which an unfinished job counts as stopped, where no scheduler can be asked."""
-FOLLOW_EVERY = 10.0
-
-
-@dataclass(frozen=True)
-class JobStatus:
-    """One row of `xdl status`."""
-
-    name: str
-    state: str
-    """done, running, stopped, queued or waiting."""
-    step: str = ""
-    loss: str = ""
-    speed: str = ""
-    age: str = ""
-    """Time since the job last wrote."""
+EVERY = 5.0
+"""Seconds between looks while a run is watched."""
+HEAD = (
+    "job",
+    "expert",
+    "id",
+    "state",
+    "step",
+    "loss",
+    "tok/s",
+    "last step",
+    "checkpoint",
+    "restarts",
+    "left",
+    "goodput",
+)
 
 
-def job_status(folder: Path, name: str, waiting: bool, in_queue: bool = False) -> JobStatus:
-    """How a job stands, from its folder and what the queue says."""
-    record = last_record(folder)
-    seen = _last_sign(folder)
-    age = duration(time.time() - seen) if seen else ""
-    if read_manifest(folder / "manifest.json"):
-        state = "done"
-    elif in_queue:
-        state = "running" if seen and time.time() - seen < QUIET else "queued"
-    elif not begun(folder) and not seen:
-        state = "waiting"
-    else:
-        state = "running" if waiting and seen and time.time() - seen < QUIET else "stopped"
-    loss, speed = loss_of(record), speed_of(record)
-    step = f"{record['step']}/{record.get('total', '?')}" if "step" in record else ""
-    return JobStatus(name, state, step, _number(loss, ".4g"), _number(speed, ",.0f"), age)
+def run_status(folder: Path, *, sure: bool = False) -> list[JobStatus]:
+    """How every job of a run stands; `sure`: from the scheduler, for who is going to act on it.
+
+    Raises:
+        Mistake: the scheduler has to be asked and does not answer.
+    """
+    return run_statuses([folder], sure=sure)[0]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def run_statuses(folders: Sequence[Path], *, sure: bool = False) -> list[list[JobStatus]]:
+    """How the jobs of several runs stand; the scheduler is asked once about all of them."""
+    graphs = [read_graph(folder).get("jobs", {}) for folder in folders]
+    pending = [
+        job["id"].partition("_")[0]
+        for folder, jobs in zip(folders, graphs, strict=True)
+        for name, job in jobs.items()
+        if job.get("id") and not (folder / "jobs" / name / "manifest.json").exists()
+    ]
+    sight = look(pending, PATIENT_SECONDS if sure else None)
+    if sure and not sight.answered:
+        raise Mistake(f"the queue: {sight.why}; nothing was done, try again")
+    return [_rows(folder, jobs, sight) for folder, jobs in zip(folders, graphs, strict=True)]
 
 
-def _last_sign(folder: Path) -> float:
-    """Time of the newest log line or metric; 0: none."""
-    files = [folder / "metrics.jsonl", *(folder / "logs").glob("*.log")]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+def _rows(folder: Path, jobs: Mapping[str, Any], sight: Sight) -> list[JobStatus]:
+    here = _launch_at(folder, jobs) if held(folder / "lock") else None
+    return [status_of(folder / "jobs" / name, name, job, sight, here) for name, job in jobs.items()]
 
 
-def run_status(folder: Path) -> list[JobStatus]:
-    """How every job of a run stands."""
-    jobs = read_graph(folder).get("jobs", {})
-    ids = {name: job["id"] for name, job in jobs.items() if job.get("id")}
-    alive = _queued(set(ids.values()))
-    held = _held(folder / "lock")
-    return [job_status(folder / "jobs" / name, name, held, ids.get(name) in alive) for name in jobs]
+def _launch_at(folder: Path, jobs: Mapping[str, Any]) -> str:
+    """The job that the launch on this machine is at: the one whose folder it made ready last, if that has not ended."""
+    ready = {}
+    for name in (name for name, job in jobs.items() if not job.get("id")):
+        config, job = folder / "jobs" / name / "config.yaml", folder / "jobs" / name
+        if config.exists() and not (job / "manifest.json").exists():
+            ends = read_ends(job, "local")
+            ready[name] = config.stat().st_mtime if not ends or ends[-1].time < config.stat().st_mtime else 0.0
+    newest = max(ready, key=lambda name: ready[name], default="")
+    return newest if newest and ready[newest] else ""
 
 
-def _queued(ids: set[str]) -> set[str]:
-    from launcher.backends import slurm
-
-    try:
-        return slurm.queued(ids) if ids and slurm.answers() else set()
-    except Mistake:
-        return set()
-
-
-def _held(lock: Path) -> bool:
-    """Whether a launch or one of its jobs holds the run's lock."""
-    import fcntl
-
-    try:
-        descriptor = os.open(lock, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def show_status(run: str, runs: str) -> None:
+def show_status(run: str, runs: str, *, as_json: bool = False, watched: bool = False) -> None:
     """Print the jobs of a run, or one line per run.
+
+    Args:
+        run: name or path; empty: all runs, or the only one.
+        runs: folder of the runs.
+        as_json: print `{"run", "folder", "jobs": [{"name", "stage", …}]}`, of several runs a list of these.
+        watched: draw again and again until no job is alive.
 
     Raises:
         Mistake: there is no such run.
@@ -106,68 +89,121 @@ def show_status(run: str, runs: str) -> None:
     folders = [find_run(run, runs)] if run else [path.parent for path in sorted(Path(runs).glob("*/graph.json"))]
     if not folders:
         raise Mistake(f"{Path(runs).absolute()}: no runs; start one with xdl launch")
-    if run or len(folders) == 1:
-        print(folders[0].absolute())
-        print(table([JobStatus("job", "state", "step", "loss", "tok/s", "age"), *run_status(folders[0])]))
+    if watched and as_json:
+        raise Mistake("--watch and --json do not go together; leave one of them out")
+    if watched:
+        watch(folders)
         return
-    for folder in folders:
-        rows = run_status(folder)
-        busy = [row.name for row in rows if row.state == "running"]
-        done = sum(row.state == "done" for row in rows)
-        print(f"{folder.name}: {done} of {len(rows)} done{', running ' + ', '.join(busy) if busy else ''}")
+    rows = run_statuses(folders)
+    if as_json:
+        told = [as_record(folder, jobs) for folder, jobs in zip(folders, rows, strict=True)]
+        print(json.dumps(told[0] if run else told, indent=2, ensure_ascii=False))
+    else:
+        print(text_of(folders, rows))
 
 
-def table(rows: list[JobStatus]) -> str:
-    """Rows as aligned columns."""
-    cells = [list(vars(row).values()) for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
+def as_record(folder: Path, rows: Sequence[JobStatus]) -> dict[str, Any]:
+    """What `--json` prints of a run; unknown values are null."""
+    return {"run": folder.name, "folder": str(folder.absolute()), "jobs": [asdict(row) for row in rows]}
 
 
-def show_log(run: str, job: str, rank: int, follow: bool, runs: str) -> None:
-    """Print a job's log, and with `follow` what is added to it.
+def text_of(folders: Sequence[Path], rows: Sequence[Sequence[JobStatus]]) -> str:
+    """The table of one run, or a line for each of several."""
+    if len(folders) == 1:
+        return f"{folders[0].absolute()}\n{table(rows[0])}"
+    return "\n".join(_line(folder, jobs) for folder, jobs in zip(folders, rows, strict=True))
 
-    Raises:
-        Mistake: no such run, job or log.
+
+def _line(folder: Path, rows: Sequence[JobStatus]) -> str:
+    words = [f"{sum(row.state == 'done' for row in rows)} of {len(rows)} done"]
+    for state in ("running", "queued", "failed"):
+        if names := [row.name for row in rows if row.state == state]:
+            words.append(f"{state} {', '.join(names)}")
+    return f"{folder.name}: {'; '.join(words)}"
+
+
+def table(rows: Sequence[JobStatus]) -> str:
+    """Rows as aligned columns, without those that are empty; below them who failed and why."""
+    cells = [HEAD, *map(_cells, rows)]
+    shown = [column for column in range(len(HEAD)) if any(row[column] for row in cells[1:])]
+    widths = {column: max(len(row[column]) for row in cells) for column in shown}
+    lines = ["  ".join(row[column].ljust(widths[column]) for column in shown).rstrip() for row in cells]
+    for row in rows:
+        if row.error:
+            lines.append(f"{row.name}: {'' if row.rank is None else f'rank {row.rank}: '}{row.error}")
+    return "\n".join(lines)
+
+
+def _cells(row: JobStatus) -> tuple[str, ...]:
+    ago = lambda seconds: "" if seconds is None else duration(seconds)  # noqa: E731
+    number = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
+    return (
+        row.name,
+        row.expert or "",
+        row.id or "",
+        f"{row.state} ({row.reason})" if row.reason else row.state,
+        "" if row.step is None else f"{row.step}/{'?' if row.total is None else row.total}",
+        number(row.loss, ".4g"),
+        number(row.tokens_per_s, ",.0f"),
+        ago(row.step_age_s),
+        ago(row.checkpoint_age_s),
+        str(row.restarts or ""),
+        ago(row.eta_s),
+        number(row.goodput, ".0%"),
+    )
+
+
+def watch(folders: Sequence[Path], names: Collection[str] = ()) -> list[JobStatus]:
+    """Show how the jobs stand until none is alive: on a terminal drawn anew, elsewhere a line for each change.
+
+    Args:
+        folders: of the runs.
+        names: of the jobs; empty: all.
+
+    Returns:
+        How they stand in the end.
     """
-    path = log_of(find_run(run, runs), job, rank)
-    print(f"==> {path}", file=sys.stderr)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in _grow(file) if follow else (file.read(),):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+    look_again = lambda: [  # noqa: E731
+        [row for row in rows if not names or row.name in names] for rows in run_statuses(folders)
+    ]
+    if not sys.stdout.isatty():
+        return _until_ended(look_again, _Changes())
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(auto_refresh=False) as live:
+        draw = lambda rows: live.update(Text(text_of(folders, rows)), refresh=True)  # noqa: E731
+        return _until_ended(look_again, draw)
 
 
-def log_of(folder: Path, job: str, rank: int) -> Path:
-    """The log of a rank of a job; without a job, of the one that wrote last."""
-    jobs = list(read_graph(folder).get("jobs", {}))
-    if job and job not in jobs:
-        raise Mistake(f"{job}: no such job in {folder.name}; it has {', '.join(jobs)}")
-    names = [job] if job else jobs
-    found = [path for name in names for path in (folder / "jobs" / name / "logs").glob(f"rank-{rank}.log")]
-    if not found:
-        raise Mistake(f"{job or folder.name}: no log of rank {rank} yet")
-    return max(found, key=lambda path: path.stat().st_mtime)
-
-
-def _grow(file: TextIO) -> Iterator[str]:
+def _until_ended(
+    look_again: Callable[[], list[list[JobStatus]]], draw: Callable[[list[list[JobStatus]]], None]
+) -> list[JobStatus]:
     while True:
-        if text := file.read():
-            yield text
-        else:
-            time.sleep(0.2)
+        rows = look_again()
+        draw(rows)
+        every = [row for jobs in rows for row in jobs]
+        if not any(row.alive for row in every):
+            return every
+        time.sleep(EVERY)
+
+
+class _Changes:
+    """Prints what has changed since it was last called."""
+
+    def __init__(self) -> None:
+        self.shown: dict[tuple[int, str], str] = {}
+
+    def __call__(self, rows: list[list[JobStatus]]) -> None:
+        for run, jobs in enumerate(rows):
+            for row in jobs:
+                _, _, _, state, step, *_ = _cells(row)
+                told = " ".join(filter(None, [f"{row.name}:", state, step, row.error if row.state == "failed" else ""]))
+                if self.shown.get((run, row.name)) != told:
+                    self.shown[run, row.name] = told
+                    print(told, flush=True)
 
 
 def follow_run(folder: Path, graph: Graph) -> int:
-    """Print each change until no job of the graph is queued or running; 0 when all are done, else 1."""
-    shown: dict[str, str] = {}
-    while True:
-        rows = [row for row in run_status(folder) if row.name in graph.names]
-        for row in rows:
-            if (text := f"{row.name}: {row.state} {row.step}".rstrip()) != shown.get(row.name):
-                shown[row.name] = text
-                print(text, flush=True)
-        if not any(row.state in ("queued", "running") for row in rows):
-            return DONE if all(row.state == "done" for row in rows) else 1
-        time.sleep(FOLLOW_EVERY)
+    """Watch until no job of the graph is alive; 0 when all are done, else 1."""
+    return DONE if all(row.state == "done" for row in watch([folder], graph.names)) else 1

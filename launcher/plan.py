@@ -5,7 +5,7 @@ compared by the digests of their manifests. Token budgets, micro-batches, cadenc
 strategy are not part of it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from launcher.checks import STAGES
 from launcher.compose import leaves
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.job import Job, JobFolder, plain
-from xlstm_distill.contract.schema import Config, Placement, Source
+from xlstm_distill.contract.schema import Config, Placement, Source, pieces_of
 from xlstm_distill.contract.state import State, covers, recorded_identity, state_of
+from xlstm_distill.contract.tasks import by_length, expand, lengths_of
 
 OPTIMISER = ("batch", "lr", "min_lr", "schedule", "warmup", "clip")
 """Settings of a training stage that change what it makes, but for the budget."""
@@ -23,9 +24,11 @@ SPIKES = ("spike_sigma",)
 """Settings of the guard that do."""
 STUDENT = (
     "window", "sinks", "feature_map", "feature_rope", "gate_input", "input_gate_soft_cap", "output_gate_bias",
-    "reset_at_documents", "use_window", "use_gates",
+    "forget_gate_bias", "reset_at_documents", "use_window", "use_gates",
 )  # fmt: skip
 """Settings of the student that change what it computes."""
+ANNEALED = ("beta_end", "temperature_end", "hidden")
+"""Settings of Stage II that only Distil-xLSTM has."""
 FETCHED = ("hub", "demo")
 """Kinds of sources that `fetch` brings; the others are read where they lie."""
 
@@ -86,17 +89,17 @@ def all_jobs(config: Config) -> Iterator[Job]:
 
 def _jobs_of(config: Config, stage: str) -> Iterator[Job]:
     inputs = _inputs(config)
-    experts = tuple(f"distill-{name}" for name in config.experts)
-    sources = tuple(config.sources)
+    parts = tuple(piece for name, source in config.sources.items() for piece in pieces_of(name, source))
     if stage == "distill":
         for name in config.experts:
             identity = _distill_identity(config, name)
-            yield Job(f"distill-{name}", stage, identity, inputs[stage], name, tokens=config.distill.tokens)
-    elif stage not in inputs or (stage in ("merge", "eval", "report") and not experts):
+            tokens = config.distill_of(name).tokens
+            yield Job(f"distill-{name}", stage, identity, inputs[stage], name, tokens=tokens)
+    elif stage not in inputs:
         return
     else:
-        pieces = {"tokenize": sources, "cache": sources, "eval": models(config)}.get(stage, ())
-        tokens = config.align.tokens if stage == "align" else 0
+        pieces = {"tokenize": parts, "cache": parts, "eval": models(config)}.get(stage, ())
+        tokens = config.align.tokens if stage == "align" and config.student.kind == "hybrid" else 0
         yield Job(stage, stage, _IDENTITY[stage](config), inputs[stage], pieces=pieces, tokens=tokens)
 
 
@@ -112,21 +115,29 @@ def _inputs(config: Config) -> dict[str, tuple[str, ...]]:
     if cached:
         edges["cache"] = ("fetch", *tokens)
     if aligned:
-        edges["align"] = ("fetch", *tokens)
+        edges["align"] = ("fetch", *(tokens if config.student.kind == "hybrid" else ()))
     edges["distill"] = ("fetch", *aligned, *(("cache",) if cached else tokens))
-    edges["merge"] = experts
-    edges["eval"] = ("fetch", *tokens, *aligned, *experts, "merge")
-    edges["report"] = ("eval", *aligned, *experts, "merge")
+    if specialists := tuple(f"distill-{name}" for name in config.specialists):
+        steps = aligned if set(config.merge.tried) != {"linear"} else ()
+        held_out = ("fetch", *tokens) if config.merge.search else ()
+        edges["merge"] = (*held_out, *steps, *specialists)
+    students = (*aligned, *experts, *(("merge",) if specialists else ()))
+    if experts:
+        edges["eval"] = ("fetch", *tokens, *students)
+        edges["report"] = ("eval", *students)
     return edges
 
 
 def models(config: Config) -> tuple[str, ...]:
     """Models that `eval` scores, in the order of the report's table."""
-    students = () if config.student.init_from else ("window", "aligned")
-    every = ("teacher", *students, *config.experts, "merged")
+    hybrid = config.student.kind == "hybrid"
+    students = () if config.student.init_from or not hybrid else ("window", "aligned")
+    every = ("teacher", *students, *config.experts, *(("merged",) if config.specialists else ()))
     chosen = config.eval.models or every
     if missing := [name for name in chosen if name not in every]:
-        raise Mistake(f"eval.models={missing[0]}: this run does not make it (student.init_from is given)")
+        given = "student.init_from is given" if hybrid else f"student.kind is {config.student.kind}"
+        why = "no expert is merged" if missing[0] == "merged" else given
+        raise Mistake(f"eval.models={missing[0]}: this run does not make it ({why})")
     return tuple(name for name in every if name in chosen)
 
 
@@ -136,11 +147,10 @@ def _flat(value: Any, prefix: str, keys: Iterable[str] | None = None) -> dict[st
     return {k: v for k, v in found.items() if keys is None or k.removeprefix(f"{prefix}.") in keys}
 
 
-def _sources(sources: Mapping[str, Source]) -> dict[str, Any]:
-    """What each source is, but for its weight in a mixture."""
-    return {
-        k: v for name, s in sources.items() for k, v in _flat(s, f"sources.{name}").items() if not k.endswith(".weight")
-    }
+def _sources(sources: Mapping[str, Source], prefix: str = "sources") -> dict[str, Any]:
+    """What each source is, but for its weight in a mixture and its budget (`launcher.budget` looks after that)."""
+    flat = (item for name, source in sources.items() for item in _flat(source, f"{prefix}.{name}").items())
+    return {key: value for key, value in flat if not key.endswith((".weight", ".tokens"))}
 
 
 def _weights(sources: Mapping[str, Source], prefix: str) -> dict[str, Any]:
@@ -153,19 +163,35 @@ def _shards(config: Config) -> dict[str, Any]:
 
 
 def _fetch_identity(config: Config) -> dict[str, Any]:
-    fetched = {name: source for name, source in config.sources.items() if source.kind in FETCHED}
     teacher = _flat(config.teacher, "teacher", ("source", "path", "revision", "gguf_file"))
-    return {**teacher, **({} if config.data.shards else _sources(fetched))}
+    if config.data.shards:
+        return teacher
+    data, texts = (
+        {name: source for name, source in sources.items() if source.kind in FETCHED}
+        for sources in (config.sources, config.eval.texts)
+    )
+    brought = {**_sources(texts, "eval.texts"), **_sources(data)}
+    return {**teacher, **{key: value for key, value in brought.items() if not key.endswith(".parts")}}
 
 
 def _tokenize_identity(config: Config) -> dict[str, Any]:
-    return {**_flat(config.data, "data", ("sequence", "validation", "shard_bytes")), **_sources(config.sources)}
+    looked_for = {**_flat(config.data, "data", ("overlap",)), **_sources(config.eval.texts, "eval.texts")}
+    return {
+        **_flat(config.data, "data", ("sequence", "validation", "shard_bytes")),
+        **(looked_for if config.eval.texts else {}),
+        **_sources(config.sources),
+    }
 
 
 def _cache_identity(config: Config) -> dict[str, Any]:
+    # Of its own shards the parts are in `tokenize`'s identity. Another number of them is another meaning of `NAME/0`.
+    parts = {f"sources.{name}.parts": source.parts for name, source in config.sources.items() if source.parts != 1}
     return {
         **_shards(config),
+        **(parts if config.data.shards else {}),
         **_flat(config.cache, "cache", ("top_k", "max_samples")),
+        "cache.sampler": config.sampler,
+        **({"seed": config.seed} if config.sampler != "topk" else {}),
         **_flat(config.student, "student", ("reset_at_documents",)),
     }
 
@@ -175,8 +201,11 @@ def _optimiser(config: Config) -> dict[str, Any]:
 
 
 def _align_identity(config: Config) -> dict[str, Any]:
+    if config.student.kind != "hybrid":  # nothing is trained
+        return {"student.kind": config.student.kind, "seed": config.seed}
     return {
         **_flat(config.student, "student", STUDENT),
+        **{f"student.layer_windows.{layers}": window for layers, window in config.student.layer_windows.items()},
         **_flat(config.align, "align", OPTIMISER),
         **_optimiser(config),
         "seed": config.seed,
@@ -186,13 +215,16 @@ def _align_identity(config: Config) -> dict[str, Any]:
 
 
 def _distill_identity(config: Config, expert: str) -> dict[str, Any]:
-    own = (*OPTIMISER, "mixer_lr", "targets", "loss", "gamma", "beta")
-    online_top_k = config.distill.targets == "online" and config.distill.loss != "full"
+    own = (*OPTIMISER, "mixer_lr", "targets", "divergence", "temperature", "gamma", "beta")
+    online_top_k = config.distill.targets == "online" and config.loss != "full"
     return {
         **_flat(config.distill, "distill", own),
+        **(_flat(config.distill, "distill", ANNEALED) if config.student.kind == "distil_xlstm" else {}),
+        "distill.loss": config.loss,
         **_optimiser(config),
         **({"cache.top_k": config.cache.top_k} if online_top_k else {}),
         **_flat(config.student, "student", ("reset_at_documents",)),
+        **({} if config.student.kind == "hybrid" else {"student.kind": config.student.kind}),
         **({"student.init_from": config.student.init_from} if config.student.init_from else {}),
         "seed": config.seed,
         **(_shards(config) if config.distill.targets == "online" else {}),
@@ -201,15 +233,47 @@ def _distill_identity(config: Config, expert: str) -> dict[str, Any]:
 
 
 def _merge_identity(config: Config) -> dict[str, Any]:
-    weights = {f"expert.{name}.merge_weight": config.expert[name].merge_weight for name in config.experts}
-    return {**_flat(config.merge, "merge"), "experts": list(config.experts), **weights}
+    merge, names, tried = config.merge, config.specialists, set(config.merge.tried)
+    if merge.search:
+        chosen = {
+            **_flat(merge, "merge", ("search", "tasks")),
+            "merge.methods": merge.tried,
+            **_flat(config.eval, "eval", ("samples",)),
+            **(_asked(config, merge.tasks) if merge.tasks else {}),
+            **_shards(config),
+        }
+    else:
+        weights = {f"expert.{name}.merge_weight": config.expert[name].merge_weight for name in names}
+        parts = dict(leaves(merge.weights, "merge.weights")) if merge.weights else {}
+        chosen = {"merge.method": merge.method, **weights, **parts}
+    thins, draws = tried & {"ties", "dare_linear", "dare_ties"}, tried & {"dare_linear", "dare_ties"}
+    return {
+        **chosen,
+        **(_flat(merge, "merge", ("scale",)) if tried != {"linear"} else {}),
+        **(_flat(merge, "merge", ("density",)) if thins else {}),
+        **({"seed": config.seed} if draws else {}),
+        "experts": list(names),
+    }
 
 
 def _eval_identity(config: Config) -> dict[str, Any]:
     return {
-        **_flat(config.eval, "eval", ("tasks", "limit", "samples")),
+        **_flat(config.eval, "eval", ("tasks", "samples")),
+        **_asked(config, config.eval.tasks),
         "eval.models": models(config),
         **_shards(config),
+    }
+
+
+def _asked(config: Config, tasks: Sequence[str]) -> dict[str, Any]:
+    """How these tasks are asked."""
+    settings, names = config.eval, expand(tasks, tuple(config.sources), lengths_of(config))
+    return {
+        "eval.limit": settings.limit,
+        **{f"eval.shots.{task}": count for task, count in settings.shots.items() if task in names},
+        **{f"eval.max_new_tokens.{task}": count for task, count in settings.max_new_tokens.items() if task in names},
+        **({"eval.chat": True} if settings.chat else {}),
+        **({"eval.lengths": lengths_of(config)} if any(map(by_length, tasks)) else {}),
     }
 
 
@@ -224,15 +288,20 @@ _IDENTITY = {
 }
 
 
-def states(graph: Graph, jobs_folder: Path) -> dict[str, State]:
+def states(graph: Graph, jobs_folder: Path, anew: Collection[str] = ()) -> dict[str, State]:
     """How each job stands below `runs/NAME/jobs`; one whose input is still to be made (again) is not done either.
+
+    Args:
+        graph: what is wanted.
+        jobs_folder: `runs/NAME/jobs`.
+        anew: jobs that will be made anew, whatever stands in their folders.
 
     Raises:
         Mistake: a folder holds a job of other settings.
     """
     found: dict[str, State] = {}
     for job in graph:
-        state = state_of(jobs_folder / job.name, job)
+        state = State("new") if job.name in anew else state_of(jobs_folder / job.name, job)
         pending = [name for name in job.inputs if name in found and not found[name].done]
         if state.done and pending:
             state = State("outdated", f"{pending[0]} will be made again")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 TAIL = 1 << 14
 """Bytes of `metrics.jsonl` that are looked at from its end."""
-TERMS = ("ce", "kl")
+TERMS = ("ce", "kl", "hidden")
 """Terms of the loss that are shown beside it."""
 LINE_EVERY = 5.0
 """Seconds between plain lines."""

@@ -13,11 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher.plan import Graph
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.files import write_atomic, write_json
+from xlstm_distill.contract.files import write_atomic, write_json, yaml_text
 from xlstm_distill.contract.job import plain
 from xlstm_distill.contract.schema import Config
 
@@ -50,10 +48,19 @@ def find_run(run: str, runs: str = "runs") -> Path:
     )
 
 
+def find_student(text: str, runs: str = "runs") -> str:
+    """`RUN[:MODEL]` as `FOLDER:MODEL`; no model: empty.
+
+    Raises:
+        Mistake: there is no such run.
+    """
+    run, colon, model = text.rpartition(":")
+    return f"{find_run(run, runs)}:{model}" if colon else f"{find_run(text, runs)}:"
+
+
 def write_run(folder: Path, config: Config, graph: Graph) -> None:
     """Write `config.yaml` and `graph.json`; scheduler ids and jobs that `graph.json` knew already stay."""
-    text = yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
-    write_atomic(folder / "config.yaml", text)
+    write_atomic(folder / "config.yaml", yaml_text(plain(asdict(config))))
     before = read_graph(folder)
     jobs = {**before.get("jobs", {}), **{job.name: _described(job, before) for job in graph}}
     edges = [[name, job] for job, known in jobs.items() for name in known["inputs"] if name in jobs]
@@ -99,7 +106,7 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[int]:
     try:
         deadline = time.monotonic() + ORPHAN_WAIT
         waiting = False
-        while not _take(descriptor):
+        while not _take(descriptor, folder):
             owner = os.pread(descriptor, 100, 0).decode(errors="replace").split()
             pid = int(owner[0]) if owner and owner[0].isdigit() else 0
             if _alive(pid) or time.monotonic() > deadline:
@@ -116,11 +123,15 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _take(descriptor: int) -> bool:
+def _take(descriptor: int, folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # Lustre without its mount option flock
+        raise Mistake(
+            f"{folder}: its file system cannot lock files ({error.strerror}); choose another runs="
+        ) from error
     return True
 
 

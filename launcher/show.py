@@ -1,5 +1,6 @@
 """What `xdl config` and `xdl launch --dry-run` print (pure but for the interpreter's path)."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,11 +9,9 @@ from typing import Any
 import yaml
 
 from launcher.backends import local, slurm
-from launcher.checks import ranks_of
 from launcher.compose import Resolved
 from launcher.plan import Graph
-from launcher.render import render
-from xlstm_distill.contract.job import Job, JobFolder, plain
+from xlstm_distill.contract.job import Job, plain
 from xlstm_distill.contract.schema import Config
 from xlstm_distill.contract.state import State
 
@@ -41,25 +40,37 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def graph_text(graph: Graph, standing: Mapping[str, State]) -> str:
-    """One line per job: name, how it stands, its place, its inputs."""
-    width = max(len(name) for name in graph.names)
-    lines = []
-    for job in graph:
-        state = standing[job.name]
-        place = f"{job.placement.nodes} × {ranks_of(job.placement) // job.placement.nodes}"
-        inputs = f" ← {', '.join(job.inputs)}" if job.inputs else ""
-        why = f" ({state.reason})" if state.reason else ""
-        lines.append(f"{job.name:<{width}}  {state.kind:<8}  {place} ranks{inputs}{why}")
-    return "\n".join(lines) + "\n"
+def door_of(config: Config) -> slurm.Door:
+    """How this configuration's jobs get into the queue."""
+    from launcher.backends import submitit
+
+    return submitit.Submitit() if config.cluster.kind == "submitit" else slurm.Sbatch()
 
 
-def job_text(job: Job, graph: Graph, config: Config, folder: Path, standing: Mapping[str, State]) -> str:
-    """What would be started for a job: its command line here, or its submission and its script, byte for byte."""
-    path = folder / "jobs" / job.name
-    if config.cluster.kind != "slurm" or job.stage == slurm.HERE:
-        where = " (here, on the login node)" if config.cluster.kind == "slurm" else ""
-        return f"--- {job.name}{where}\n{local.quoted(local.command_of(JobFolder(path, job, config)))}\n"
-    ids = {name: f"${{{name}}}" for name in graph.names if not standing[name].done and graph[name].stage != slurm.HERE}
-    command = " ".join(slurm.submit_command(job, folder, ids))
-    return f"--- {job.name}: {command}\n{render(job, config.cluster, slurm.site_of(config, folder))}"
+def job_text(
+    job: Job,
+    graph: Graph,
+    config: Config,
+    folder: Path,
+    standing: Mapping[str, State],
+    command: str,
+    queued: Mapping[str, str],
+) -> str:
+    """What would be started for a job: its command line here, or its submission and its script, byte for byte; ids that
+    only the submission gives stand as `${NAME}`."""
+    wanted = slurm.wanted_folder(job, config, folder)
+    if config.cluster.kind == "local" or job.stage == slurm.HERE:
+        where = " (here, on the login node)" if config.cluster.kind != "local" else ""
+        return f"--- {job.name}{where}\n{local.quoted(local.command_of(wanted))}\n"
+    made = [name for name in graph.names if not standing[name].done and graph[name].stage != slurm.HERE]
+    ids = {name: queued.get(name, f"${{{name}}}") for name in made}
+    site = slurm.site_of(config, folder, command)
+    if config.cluster.kind == "submitit":  # it quotes a word with a $ in it
+        script = door_of(config).script(wanted, site, {name: f"@{name}@" for name in ids})
+        for name, id in ids.items():
+            script = script.replace(f"@{name}@", id)
+        return f"--- {job.name}: submitit\n{script}"
+    script = door_of(config).script(wanted, site, ids)
+    words = slurm.submit_command(job, config.cluster, folder, ids)
+    submission = " ".join(word if "${" in word else shlex.quote(word) for word in words)
+    return f"--- {job.name}: {submission}\n{script}"

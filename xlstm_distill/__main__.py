@@ -2,8 +2,10 @@
 
     prepare JOB_DIR     ready a job folder before its ranks start; exit code 3: the job is done already
     report …            scores → Markdown, HTML, plots
+    gate …              scores → exit code
     generate …          text from a student
     export …            a student as a Hugging Face folder
+    checkup FOLDER      one rank of `xdl doctor --nodes N`
 
 Each is imported when it is asked for.
 """
@@ -13,12 +15,14 @@ import os
 import sys
 from pathlib import Path
 
-from xlstm_distill.contract.exitcode import DONE, MISTAKE, Mistake
+from xlstm_distill.contract.exitcode import DONE, MISTAKE, Mistake, disk_mistake
 
 COMMANDS = {
     "report": "xlstm_distill.evaluate.report",
+    "gate": "xlstm_distill.evaluate.gate",
     "generate": "xlstm_distill.evaluate.generate",
     "export": "xlstm_distill.export",
+    "checkup": "xlstm_distill.runtime.checkup",
 }
 """Name → module whose `main(arguments)` returns an exit code."""
 ALREADY_DONE = 3
@@ -69,13 +73,20 @@ def _prepare(arguments: list[str]) -> int:
     except Mistake as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    except OSError as error:
+        if not (line := disk_mistake(error, arguments[0])):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return MISTAKE
 
 
 def redirect() -> None:
-    """Send stdout and stderr, C libraries' included, to `$XDL_LOGS/rank-R.log`, where the launcher sets XDL_LOGS."""
+    """Send stdout and stderr, C libraries' included, to `$XDL_LOGS/rank-R.log`, where the launcher sets XDL_LOGS; those
+    of one array element of several to `rank-R.element-A.log`."""
     if not (folder := os.environ.get("XDL_LOGS")):
         return
-    path = Path(folder) / f"rank-{os.environ.get('RANK', '0')}.log"
+    element = f".element-{os.environ['XDL_ELEMENT']}" if os.environ.get("XDL_ELEMENT") else ""
+    path = Path(folder) / f"rank-{os.environ.get('RANK', '0')}{element}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)

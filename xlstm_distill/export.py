@@ -8,6 +8,7 @@ README.md  export.json                                               model card;
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -24,8 +25,17 @@ from xlstm_distill.evaluate.exported import Exported
 from xlstm_distill.evaluate.models import ModelPlace, model_places
 from xlstm_distill.merge import ModelFolder
 
-AUTO_MAP = {"AutoConfig": "configuration.HybridConfig", "AutoModelForCausalLM": "modeling.HybridForCausalLM"}
-"""Auto class → file.class. There is no AutoModel: the decoder without its head is the teacher's own class."""
+AUTO_MAP = {
+    "hybrid_xlstm": {
+        "AutoConfig": "configuration.HybridConfig",
+        "AutoModelForCausalLM": "modeling.HybridForCausalLM",
+    },
+    "distil_xlstm": {
+        "AutoConfig": "distil_xlstm.DistilXLSTMConfig",
+        "AutoModelForCausalLM": "distil_xlstm.DistilXLSTMForCausalLM",
+    },
+}
+"""`model_type` → Auto class → file.class. There is no AutoModel: no decoder is a model of its own without its head."""
 NOT_STUDENTS = ("teacher", "window")
 """Models of a run that are not exported: the second is a student with a branch switched off, for comparison."""
 CODE = Path(__file__).parent / "model"
@@ -110,8 +120,8 @@ def export(run: Path, destination: Path, name: str = "") -> Exported:
     exported = describe(run, config, student)
     try:
         with folder_atomic(resolved) as beside:
-            copy_student(student, beside)
-            copy_code(beside)
+            copy_student(student, beside, AUTO_MAP[exported.hybrid.model_type])
+            copy_code(beside, exported.hybrid.model_type)
             (beside / "README.md").write_text(model_card(exported), encoding="utf-8")
             write_json(beside / "export.json", record(exported, beside))
     except OSError as error:
@@ -125,21 +135,23 @@ def describe(run: Path, config: Config, student: Student) -> Exported:
     Raises:
         Mistake: its folder holds another kind of model, or one that this version cannot read.
     """
-    from xlstm_distill.model import HybridConfig
+    from transformers import AutoConfig
+
+    import xlstm_distill.model  # noqa: F401 registers the students
 
     folder = student.place.folder
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if raw.get("model_type") != HybridConfig.model_type:
+    if raw.get("model_type") not in AUTO_MAP:
         raise Mistake(f"export: {folder} is a {raw.get('model_type')}, not a hybrid xLSTM")
     try:
-        hybrid = HybridConfig.from_pretrained(folder)
+        hybrid = AutoConfig.from_pretrained(folder)
     except ValueError as error:
         raise Mistake(f"export: {folder}/config.json: {str(error).splitlines()[0]}") from error
     return Exported(run, config, student.place, hybrid, list(ModelFolder(folder).entries.values()))
 
 
-def copy_student(student: Student, destination: Path) -> None:
-    """Copy the student's files; those of transformers' settings lose what is of this machine.
+def copy_student(student: Student, destination: Path, auto_map: Mapping[str, str]) -> None:
+    """Copy the student's files; those of transformers' settings lose what is of this machine, and name `auto_map`.
 
     Raises:
         Mistake: a copy has not the hash that the manifest gives.
@@ -155,7 +167,7 @@ def copy_student(student: Student, destination: Path) -> None:
         raise Mistake(f"export: {found}; remove the manifest.json of {manifest.job} and launch again")
     for name in REWRITTEN:
         if (destination / name).is_file():
-            _rewrite(destination / name, {"auto_map": AUTO_MAP} if name == "config.json" else {})
+            _rewrite(destination / name, {"auto_map": auto_map} if name == "config.json" else {})
 
 
 def _rewrite(path: Path, added: dict[str, Any]) -> None:
@@ -170,18 +182,18 @@ def without_machine(value: Any) -> Any:
     return [without_machine(v) for v in value] if isinstance(value, list) else value
 
 
-def code_files() -> list[Path]:
+def code_files(model_type: str = "hybrid_xlstm") -> list[Path]:
     """The files of `xlstm_distill.model` that loading needs: those of `AUTO_MAP`, and what they import."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    starts = [CODE / f"{where.partition('.')[0]}.py" for where in AUTO_MAP.values()]
+    starts = [CODE / f"{where.partition('.')[0]}.py" for where in AUTO_MAP[model_type].values()]
     needed = [Path(file) for start in starts for file in get_relative_import_files(start)]
     return sorted({*starts, *needed})
 
 
-def copy_code(destination: Path) -> None:
+def copy_code(destination: Path, model_type: str) -> None:
     """Write the modelling code and its licence."""
-    for file in code_files():
+    for file in code_files(model_type):
         text = file.read_text(encoding="utf-8")
         (destination / file.name).write_text(text if text.startswith(SPDX) else SPDX + text, encoding="utf-8")
     (destination / "LICENSE-CODE").write_text(licence_text(), encoding="utf-8")

@@ -1,14 +1,15 @@
 """`python -m xlstm_distill JOB_DIR`: a stage's name → its function, and how it ends."""
 
-import errno
 import importlib
 import os
 import sys
+import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
-from xlstm_distill.contract.exitcode import DONE, MISTAKE, STOPPED, Mistake, Stopped
-from xlstm_distill.contract.job import JobFolder, World
+from xlstm_distill.contract.exitcode import DONE, MISTAKE, STOPPED, Mistake, Stopped, disk_mistake
+from xlstm_distill.contract.job import UNFINISHED, JobFolder, World
 from xlstm_distill.contract.manifest import read_manifest
 from xlstm_distill.runtime.elastic import die_with_parent
 from xlstm_distill.runtime.stop import StopFlag
@@ -20,13 +21,15 @@ STAGES = {
     "cache": "xlstm_distill.teacher.capture:run",
     "align": "xlstm_distill.train.align:run",
     "distill": "xlstm_distill.train.distill:run",
-    "merge": "xlstm_distill.merge:run",
+    "merge": "xlstm_distill.merge.stage:run",
     "eval": "xlstm_distill.evaluate.harness:run",
     "report": "xlstm_distill.evaluate.report:run",
 }
-"""Each function takes (folder, world, stop) and returns the facts for the manifest, on every rank."""
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What the user has to mend: no room, or no right to write."""
+"""Each function takes (folder, world, stop) and returns the facts for the manifest, on every rank.
+
+Where finished pieces have to be joined, its module has `join_pieces(folder)` besides; whoever writes the manifest calls
+it right before. Two may do so at once, so it renames whole files into place, the same ones each time.
+"""
 
 
 def run_job(path: Path) -> None:
@@ -42,10 +45,27 @@ def run_job(path: Path) -> None:
     folder.input_digests()
     folder.output.mkdir(parents=True, exist_ok=True)
     module, function = STAGES[folder.job.stage].split(":")
-    facts = getattr(importlib.import_module(module), function)(folder, world, stop)
-    missing = [piece for piece in folder.job.pieces if not folder.piece_done(piece)]
-    if world.rank == 0 and not missing:
+    stage = importlib.import_module(module)
+    facts = getattr(stage, function)(folder, world, stop)
+    if any(not folder.piece_done(piece) for piece in folder.job.pieces):
+        return  # other elements are at work
+    if world.rank:
+        wait_for_manifest(folder)
+        return
+    try:
+        getattr(stage, "join_pieces", lambda folder: None)(folder)
         folder.finish(facts if not folder.job.pieces else piece_facts(folder))
+    except BaseException:
+        with suppress(OSError):
+            (folder.path / UNFINISHED).touch()
+        raise
+
+
+def wait_for_manifest(folder: JobFolder) -> None:
+    """Stay until rank 0 has hashed the output, which takes minutes for a large one: `srun --wait` counts from the first
+    rank that leaves. It ends this one where rank 0 dies without a word."""
+    while not (folder.manifest_path.exists() or (folder.path / UNFINISHED).exists()):
+        time.sleep(0.2)
 
 
 def piece_facts(folder: JobFolder) -> dict[str, object]:
@@ -67,11 +87,10 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return MISTAKE
     except OSError as error:
-        if error.errno not in DISK:
+        if not (line := disk_mistake(error, arguments[0])):
             traceback.print_exc()
             return 1
-        place = error.filename or arguments[0]
-        print(f"error: {place}: {error.strerror}; make room or give the rights, and launch again", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return MISTAKE
     except Stopped as error:
         print(error, file=sys.stderr, flush=True)

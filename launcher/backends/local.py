@@ -88,6 +88,8 @@ def _run_one(wanted: JobFolder, lock: int, interrupt: Interrupt, shown: Display)
     log = folder.logs / ("rank-0.log" if ranks_of(job.placement) == 1 else "launch.log")
     begins = log.stat().st_size if log.exists() else 0
     code = _wait(start(folder, log, lock), folder, interrupt, shown)
+    with (folder.path / "ends").open("a", encoding="utf-8") as ends:  # as the batch scripts do
+        ends.write(f"local 0 {time.time():.3f} {code}\n")
     if code == DONE and not state_of(folder.path, job).done:
         shown.end("ended without a manifest")
         raise Mistake(f"{job.name}: ended well but wrote no valid manifest; see {log}")

@@ -13,7 +13,7 @@ from xlstm_distill.contract.job import World
 from xlstm_distill.contract.schema import Strategy as Settings
 from xlstm_distill.model import HybridForCausalLM
 from xlstm_distill.parallel.strategy import Strategy, make_strategy
-from xlstm_distill.teacher.targets import empty_teacher
+from xlstm_distill.teacher.frozen import empty_teacher
 from xlstm_distill.train.students import empty_student
 
 

@@ -1,13 +1,14 @@
 """The ranks of jobs as processes of a test, with no launcher between: each can be signalled and killed for real."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from xlstm_distill.contract.job import JobFolder
@@ -25,9 +26,11 @@ for pair in sys.argv[1:]:
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    """A port that nobody listens on, below those that the kernel gives to whoever connects."""
+    while True:
+        with socket.socket() as taken, suppress(OSError):
+            taken.bind(("", random.SystemRandom().randrange(10_000, 15_000)))
+            return taken.getsockname()[1]
 
 
 class Ranks:

@@ -23,7 +23,7 @@ RECOMPUTE = {"activation_checkpointing": True}
 CASES = {
     "align": ("align", {}, {}),
     "cached": ("distill", {}, {}),
-    "full": ("distill", {**ONLINE, "loss": "full"}, {}),
+    "full": ("distill", {**ONLINE, "loss": "full", "divergence": "jsd", "temperature": 2.0}, {}),
     "topk": ("distill", {**ONLINE, "loss": "topk"}, {}),
     "recompute": ("distill", {**ONLINE, "loss": "topk_tail"}, RECOMPUTE),
 }

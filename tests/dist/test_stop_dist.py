@@ -124,19 +124,23 @@ def test_a_hundred_stops_leave_a_hundred_checkpoints(jobs, tmp_path):
     assert all(len(set(found)) > 20 for found in steps.values())
 
 
-def test_a_capture_that_is_stopped_keeps_the_finished_sources_and_goes_on(jobs, tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_capture_that_is_stopped_keeps_the_finished_shards_and_goes_on(jobs, tmp_path, world):
     config = make_config(jobs.parent / "shards")
     config = replace(config, cache=replace(config.cache, micro_batch=1))
-    folder = job(jobs, "cache stopped", config, "cache", inputs=("fetch",), pieces=tuple(SOURCES))
+    folder = job(jobs, f"cache stopped {world}", config, "cache", inputs=("fetch",), pieces=tuple(SOURCES))
     first, second = SOURCES
-    ranks = start([folder], 1, path=patch(tmp_path / "path", SLOW_CAPTURE))
+    ranks = start([folder], world, path=patch(tmp_path / "path", SLOW_CAPTURE))
     ranks.until(lambda: (folder.path / f"pieces/{first}.json").exists())
     time.sleep(random.uniform(0, 1))
-    ranks.processes[0].send_signal(signal.SIGUSR2)
+    ranks.processes[-1].send_signal(signal.SIGUSR2)
     ranks.wait(STOPPED)
-    assert sorted(path.name for path in folder.output.iterdir()) == [first]
     kept = (folder.path / f"pieces/{first}.json").read_bytes()
-    start([folder], 1).wait(DONE)
+    shards = {path: path.stat().st_mtime_ns for path in folder.output.glob("*/*/*/shard*")}
+    assert not (folder.path / f"pieces/{second}.json").exists()
+    assert not list(folder.output.rglob("*.tmp"))
+    start([folder], world).wait(DONE)
     assert sorted(path.name for path in folder.output.iterdir()) == sorted((first, second))
     assert (folder.path / f"pieces/{first}.json").read_bytes() == kept
+    assert all(path.stat().st_mtime_ns == time for path, time in shards.items())
     assert folder.manifest_path.exists()

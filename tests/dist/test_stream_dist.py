@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import free_port
 
 from xlstm_distill.data.shards import sample, shard_writer
 from xlstm_distill.data.stream import Part, SampleStream
@@ -50,14 +51,6 @@ def run_ranks(world: int, root: Path, port: int, *more: str) -> dict:
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world
     return json.loads(outputs[0])
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 @pytest.mark.dist

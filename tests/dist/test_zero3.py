@@ -25,6 +25,7 @@ HALF = {"tokens": 10 * TOKENS_PER_STEP}
 CONSTANT = {"schedule": "constant", "warmup": 0.0}
 ONLINE = {"targets": "online"}
 OFFLOAD = {"offload": True}
+SOFT = {"loss": "full", "divergence": "reverse", "temperature": 2.0}
 RECOMPUTE = {"activation_checkpointing": True}
 # name: (run, stage, training, strategy, name of what one process makes of it)
 CASES: dict[str, tuple[str, str, dict, dict, str]] = {
@@ -33,7 +34,13 @@ CASES: dict[str, tuple[str, str, dict, dict, str]] = {
     "cached": ("tied", "distill", {}, {}, "cached"),
     "offload": ("tied", "distill", {}, OFFLOAD, "cached"),
     "recompute": ("tied", "distill", {**ONLINE, "loss": "topk_tail"}, RECOMPUTE, "topk_tail"),
-    "untied": ("untied", "distill", {**ONLINE, "loss": "full"}, {}, "untied"),
+    "untied": (
+        "untied",
+        "distill",
+        {**ONLINE, **SOFT},
+        {},
+        "untied",
+    ),
 }
 # name: (stage, strategy, training), beside precision=bfloat16
 BF16_CASES: dict[str, tuple[str, dict, dict]] = {

@@ -20,6 +20,9 @@ TEXT = "the quick brown fox jumps over the lazy dog and the little cat sleeps un
 class NeverStop:
     def check(self) -> None: ...
 
+    def requested(self, also: bool = False) -> bool:
+        return also
+
 
 def make_tokenizer(folder: Path, *, template: str = CHATML, bos: bool = False, eos: bool = True) -> Path:
     """A byte-level BPE trained on one line, in an HF folder."""
@@ -44,9 +47,7 @@ def make_tokenizer(folder: Path, *, template: str = CHATML, bos: bool = False, e
 
 
 def make_config(sources: dict[str, Source] | None = None, **data: Any) -> Config:
-    settings = Data(
-        sources=sources or {}, **{"sequence": 16, "validation": 0.2, "workers": 1, "shard_bytes": 1 << 16} | data
-    )
+    settings = Data(sources=sources or {}, **{"sequence": 16, "validation": 0.2, "shard_bytes": 1 << 16} | data)
     return Config(teacher=Teacher(name="tiny", family="llama", source="folder", path=""), data=settings)
 
 

@@ -17,6 +17,12 @@ class NoStop:
     def check(self):
         pass
 
+    def requested(self, also=False):
+        return also
+
+    def expect(self, seconds):
+        pass
+
 
 def tiny_llama(seed=0, **changes):
     torch.manual_seed(seed)

@@ -28,7 +28,10 @@ def config(**changes):
         "experts": ("math", "code"),
         "student": Student(window=8, sinks=2),
         "data": Data(sources={"prose": prose, "maths": maths}, sequence=96),
-        "expert": {"math": Expert({"maths": maths}, 0.5), "code": Expert({"prose": prose}, 0.5)},
+        "expert": {
+            "math": Expert({"maths": maths}, merge_weight=0.5),
+            "code": Expert({"prose": prose}, merge_weight=0.5),
+        },
         "align": Align(tokens=4096, batch=4),
         "distill": Distill(tokens=2048, batch=2),
     }

@@ -1,6 +1,7 @@
 """The `xdl` command as a user types it: fast, one line for a mistake, and no torch."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,19 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("launch", "status", "logs", "config", "report", "generate", "export", "doctor"):
+    for command in (
+        "launch",
+        "status",
+        "logs",
+        "cancel",
+        "stop",
+        "tensorboard",
+        "config",
+        "report",
+        "generate",
+        "export",
+        "doctor",
+    ):
         assert f"  {command} " in text
 
 
@@ -45,7 +58,7 @@ def test_a_dry_run_for_eight_nodes_prints_graph_and_scripts_without_slurm_or_tor
         command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=False
     )
     assert done.returncode == 0
-    assert "distill-math  new       8 × 1 ranks ← fetch, align, cache" in done.stdout
+    assert re.search(r"├─ distill-math +new +8 × 1 .* after cache too\n", done.stdout)
     assert done.stdout.count("#SBATCH --nodes=8") == 3
     assert "--dependency=afterok:${align}:${cache} --kill-on-invalid-dep=yes" in done.stdout
     assert "merge" not in done.stdout

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.data.demo import DOCUMENTS, GENERATORS, code_documents, documents
+from xlstm_distill.contract.schema import DEMO_DOCUMENTS
+from xlstm_distill.data.demo import GENERATORS, code_documents, documents
 
 EQUATION = re.compile(r"^(?:\w[\w ]*: )?(-?\d+) ([-+*/]) (-?\d+) = (-?\d+)(?:,.*)?$", re.MULTILINE)
 DIVISION = re.compile(r"^(\d+) = (\d+) \* (\d+) \+ (\d+)$", re.MULTILINE)
@@ -64,9 +65,15 @@ def test_tests_and_files_under_other_terms_are_left_out(tmp_path):
     assert all("good.py" in found[0] and "gpl" not in text and "test_x" not in text for text in found)
 
 
+def test_prose_says_nothing_twice():
+    """Its topics do, and what is held out would then have been trained on."""
+    paragraphs = [{p.strip() for p in text.split("\n\n") if p.strip()} for text in documents("prose")]
+    assert sum(map(len, paragraphs)) == len(set().union(*paragraphs)) > 1000
+
+
 def test_a_limit_cuts_and_an_unknown_source_is_named():
     assert len(list(documents("math", 3))) == 3
-    with pytest.raises(Mistake, match="demo source poems: expected math or code"):
+    with pytest.raises(Mistake, match="demo source poems: expected math, code, prose"):
         documents("poems")
 
 
@@ -74,7 +81,7 @@ def test_a_limit_cuts_and_an_unknown_source_is_named():
 def test_another_process_with_another_hash_seed_makes_the_same_text():
     program = (
         "import hashlib; from xlstm_distill.data.demo import documents\n"
-        "for kind in ('math', 'code'): print(hashlib.sha1(''.join(documents(kind)).encode()).hexdigest())"
+        "for kind in ('math', 'code', 'prose'): print(hashlib.sha1(''.join(documents(kind)).encode()).hexdigest())"
     )
     results = {
         subprocess.run(
@@ -86,8 +93,8 @@ def test_another_process_with_another_hash_seed_makes_the_same_text():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["math", "code"])
+@pytest.mark.parametrize("kind", DEMO_DOCUMENTS)
 def test_there_is_enough_for_the_demo(kind):
     texts = list(documents(kind))
-    assert len(texts) == DOCUMENTS[kind]
+    assert len(texts) == DEMO_DOCUMENTS[kind]
     assert sum(map(len, texts)) > 300_000

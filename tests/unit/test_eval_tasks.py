@@ -1,15 +1,19 @@
 """The local tasks: deterministic, answerable, and asking for what has left the window."""
 
+import itertools
 import json
 
 import pytest
 import yaml
 from eval_support import tiny_tokenizer
 
+from launcher.compose import compose
+from launcher.plan import plan
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.tasks import local_names
+from xlstm_distill.contract.tasks import expand, lengths_of, local_names
 from xlstm_distill.evaluate.tasks import items
-from xlstm_distill.evaluate.tasks.publish import check_names, publish
+from xlstm_distill.evaluate.tasks.needle import needle
+from xlstm_distill.evaluate.tasks.publish import check_names, kind_of, publish
 from xlstm_distill.evaluate.tasks.text import Fragment, split
 
 
@@ -85,6 +89,102 @@ def test_answers_ask_for_what_follows_the_worked_solution():
     text = "Question: What is 2 + 3?\nAnswer: 2 + 3 = 5\nThe answer is 5.\n"
     found = items.answers([text, "x" + text, "Question: and?\n"], 5)
     assert found == [{"prompt": "Question: What is 2 + 3?\nAnswer: 2 + 3 = 5\nThe answer is", "answer": "5"}]
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("length", [128, 200, 1000])
+def test_a_needle_stands_once_in_a_haystack_of_the_length(tokenizer, many, length):
+    found = needle(tokenizer, many, False, length, 12, seed=0)
+    for item in found:
+        haystack, question = item["prompt"].split("\nWhat is the code of ")
+        key = question.split("?")[0]
+        assert haystack.count(f"The code of {key} is {item['answer']}.") == haystack.count(key) == 1
+        assert question == f"{key}?\nThe code of {key} is"
+        assert haystack.count("The code of ") == (4 if many else 1)
+        assert length - 12 <= len(tokenizer.encode(item["prompt"])) <= length
+        place = haystack.index(f"The code of {key}") / len(haystack)
+        assert place == pytest.approx(item["depth"], abs=40 / length)
+
+
+def test_the_first_needles_spread_over_all_depths(tokenizer):
+    depths = sorted(item["depth"] for item in needle(tokenizer, False, False, 400, 8, seed=0))
+    gaps = [b - a for a, b in itertools.pairwise([0, *depths, 1])]
+    assert max(gaps) < 0.25
+
+
+def test_the_choices_of_many_needles_all_stand_in_the_text(tokenizer):
+    for item in needle(tokenizer, True, True, 300, 10, seed=0):
+        assert len(set(item["choices"])) == 4
+        assert all(f" is{choice}." in item["prompt"] for choice in item["choices"])
+        key = item["prompt"].rsplit("The code of ", 1)[1].removesuffix(" is")
+        assert f"The code of {key} is{item['choices'][item['answer']]}." in item["prompt"]
+
+
+def test_needles_are_the_same_for_a_seed_and_others_for_another(tokenizer):
+    one, same, other = (needle(tokenizer, True, True, 256, 5, seed) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_length_without_room_for_a_needle_is_refused(tokenizer):
+    with pytest.raises(Mistake, match=r"eval.lengths: 20: too short for a needle"):
+        needle(tokenizer, False, False, 20, 1, seed=0)
+
+
+def test_names_without_a_source_or_a_length_stand_for_all():
+    tasks = ["arc_easy", "local_cloze", "local_needle_multi", "local_words_a", "local_cloze_a"]
+    names = expand(tasks, ("a", "b"), (128, 256))
+    assert names == (
+        "arc_easy", "local_cloze_a", "local_cloze_b", "local_needle_multi_128", "local_needle_multi_256",
+        "local_words_a",
+    )  # fmt: skip
+    assert set(names[1:]) < set(local_names(["a", "b"], [128, 256]))
+    assert [kind_of(f"local_{name}") for name in ("needle_multi_256", "needle_multi_choice_256", "cloze_a_b")] == [
+        ("needle_multi", "256"),
+        ("needle_multi_choice", "256"),
+        ("cloze", "a_b"),
+    ]
+
+
+def test_lengths_double_from_half_a_window_to_a_sample():
+    def lengths(*overrides):
+        return lengths_of(compose([*overrides]).config)
+
+    assert lengths("student.window=512", "data.sequence=4096") == (256, 512, 1024, 2048, 4096)
+    assert lengths("student.window=64", "data.sequence=512") == (128, 256, 512)
+    assert lengths("eval.lengths=[200,300]") == (200, 300)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("eval.lengths=[64]", r"eval.lengths=64: expected 128 to 8192, the teacher's positions"),
+        ("eval.lengths=[9000]", r"eval.lengths=9000: expected 128 to 8192"),
+        ("eval.shots.gsm8k=-1", r"eval.shots.gsm8k=-1: expected 0 or more"),
+        ("eval.max_new_tokens.gsm8k=0", r"eval.max_new_tokens.gsm8k=0: expected 1 or more"),
+        ("eval.tasks=[local_needle_both]", r"local_needle_both: no such local task; the nearest is local_needle_"),
+        ("eval.allow_code_execution=yes", r"not one of False, True, unconfined"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(override, said):
+    with pytest.raises(Mistake, match=said):
+        compose([override])
+
+
+def test_a_chat_with_a_teacher_that_has_no_template_is_refused():
+    with pytest.raises(Mistake, match=r"eval.chat=true: the teacher llama-3.1-8b has no chat template"):
+        compose(["teacher=llama-3.1-8b", "eval.chat=true"])
+
+
+def test_what_is_asked_is_part_of_what_an_evaluation_is():
+    def identity(*overrides):
+        return plan(compose(["stage=eval", *overrides]).config)["eval"].identity
+
+    base, few = identity(), "eval.shots.arc_easy=3"
+    assert identity("eval.batch=2", "eval.lengths=[256]", "eval.allow_code_execution=true", few) == base
+    assert identity("eval.tasks=[arc_easy]", few) == {**base, "eval.tasks": ["arc_easy"], "eval.shots.arc_easy": 3}
+    needles = identity("eval=needle", "eval.lengths=[256]")
+    assert needles["eval.lengths"] == [256]
+    assert identity("eval=needle", "eval.lengths=[512]") != needles
 
 
 def test_addition_gives_the_sum():

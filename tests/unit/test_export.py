@@ -378,3 +378,17 @@ def test_remote_code_and_the_package_live_in_one_process(made, tmp_path):
     export(run, tmp_path / "out")
     root = Path(__file__).parents[2]
     run_python(sys.executable, f"import sys; sys.path.insert(0, {str(root)!r})" + BOTH, tmp_path, tmp_path / "out")
+
+
+def test_the_card_names_the_windows_of_layers_that_have_their_own():
+    from transformers import LlamaConfig
+
+    from xlstm_distill.evaluate.kinds import kind_of
+    from xlstm_distill.model import HybridConfig
+
+    base = LlamaConfig(num_hidden_layers=3)
+    own, same = (kind_of(HybridConfig(base, window=8, layer_windows=windows)) for windows in ([8, 64, 8], None))
+    assert "a sliding window of 8 tokens (64 in layer 1) and 4 attention sinks" in own.made
+    assert own.reach.startswith("Beyond the last 64 tokens and the first 4,")
+    assert "a sliding window of 8 tokens and 4 attention sinks" in same.made
+    assert same.reach.startswith("Beyond the last 8 tokens")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from data_support import ALONE, NeverStop, make_config, make_job, make_tokenizer
 
 from xlstm_distill.contract.exitcode import Mistake, Stopped
 from xlstm_distill.contract.job import World
-from xlstm_distill.contract.schema import Source, Teacher
-from xlstm_distill.data.fetch import bring_source, run, write_jsonl
+from xlstm_distill.contract.manifest import outputs_of
+from xlstm_distill.contract.schema import Eval, Source, Teacher
+from xlstm_distill.data import fetch
+from xlstm_distill.data.fetch import Brought, bring_source, run, write_jsonl
 from xlstm_distill.data.fetch_teacher import bring_teacher
 
 TINY = Teacher(
@@ -134,6 +137,16 @@ def test_the_stage_brings_teacher_and_data_and_does_nothing_twice(tmp_path, fold
         run(job, World(size=2), NeverStop())
 
 
+def test_texts_of_the_evaluation_are_brought_besides(tmp_path, folder):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.jsonl").write_text(json.dumps({"question": "why?"}) + "\n", encoding="utf-8")
+    gsm = Source(kind="hub", path=str(tmp_path / "set"), split="test", field="question")
+    config = replace(make_config({}), teacher=replace(TINY, path=str(folder)), eval=Eval(texts={"gsm": gsm}))
+    job = make_job(tmp_path, "fetch", config)
+    run(job, ALONE, NeverStop())
+    assert json.loads((job.output / "evaluation" / "gsm.jsonl").read_text()) == {"question": "why?"}
+
+
 def test_given_shards_need_no_data(tmp_path, folder):
     config = make_config({"mine": Source(kind="text", path="/no/such")}, shards="/some/shards")
     job = make_job(tmp_path, "fetch", replace(config, teacher=replace(TINY, path=str(folder))))
@@ -150,9 +163,81 @@ def test_a_hub_set_is_written_up_to_its_limit_with_the_columns_that_are_used(tmp
     rows = [{"text": f"t{i}", "other": i, "reply": "r"} for i in range(9)]
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     source = Source(kind="hub", path=str(tmp_path / "set"), answer="reply", limit=4)
-    assert bring_source("mine", source, tmp_path / "mine.jsonl") == 4
+    assert bring_source("mine", source, tmp_path / "mine.jsonl") == Brought(documents=4)
     written = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
     assert written == [{"text": f"t{i}", "reply": "r"} for i in range(4)]
+
+
+def hub_set(folder: Path, files: int, rows: int, text: str = "x" * 100) -> Path:
+    """A data set of `files` files of `rows` rows; each text begins with its file's number."""
+    folder.mkdir()
+    for file in range(files):
+        lines = [json.dumps({"text": f"{file:02d} {row:03d} {text}"}) + "\n" for row in range(rows)]
+        (folder / f"train-{file:02d}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_of_a_hub_set_as_much_is_brought_as_so_many_tokens_may_take_from_several_files(tmp_path, capsys):
+    source = Source(kind="hub", path=str(hub_set(tmp_path / "set", 5, 40)), tokens=1000)
+    brought = bring_source("mine", source, tmp_path / "mine.jsonl")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    assert brought == Brought(documents=52, characters=52 * 107, stopped_at=1000)  # 5500 = 1000 × 5 × 1.1
+    assert len(texts) == len(set(texts)) == 52
+    assert len({text[:2] for text in texts}) == 5
+    told = "source mine: brought 52 documents with 5564 characters, as many as 1000 tokens may take; the data set holds"
+    assert capsys.readouterr().out.startswith(told)
+    bring_source("mine", source, tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "mine.jsonl").read_bytes()
+
+
+def test_a_hub_set_with_less_text_than_wanted_is_brought_whole_and_that_is_told(tmp_path, capsys):
+    source = Source(kind="hub", path=str(hub_set(tmp_path / "set", 2, 3)), tokens=1000)
+    assert bring_source("mine", source, tmp_path / "mine.jsonl") == Brought(documents=6, characters=642)
+    told = "source mine: brought all its 6 documents with 642 characters; 1000 tokens may take 5500\n"
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_without_a_budget_a_hub_set_is_brought_whole_in_its_order(tmp_path, capsys, tokens):
+    source = Source(kind="hub", path=str(hub_set(tmp_path / "set", 3, 4)), tokens=tokens)
+    assert bring_source("mine", source, tmp_path / "mine.jsonl") == Brought(documents=12)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    assert texts == sorted(texts)
+    assert capsys.readouterr().out == ""
+
+
+def test_chats_without_an_answer_are_no_text_for_the_budget(tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "u" * 40}, {"role": "assistant", "content": "a" * 59}]
+    rows = [{"messages": turns[: 1 + n % 2]} for n in range(40)]
+    monkeypatch.setattr(fetch, "open_hub", lambda source: (rows, ""))
+    source = Source(kind="hub", path="some/set", format="chat", field="messages", tokens=100)
+    brought = bring_source("mine", source, tmp_path / "mine.jsonl")
+    assert brought == Brought(documents=12, characters=600, stopped_at=100)  # 6 answered ones of 100 characters: 550
+
+
+def test_a_larger_budget_before_the_stage_has_ended_brings_the_source_again_and_a_smaller_one_does_not(tmp_path):
+    source = Source(kind="hub", path=str(hub_set(tmp_path / "set", 4, 40)), tokens=1000)
+    target = tmp_path / "mine.jsonl"
+    first = bring_source("mine", source, target)
+    assert bring_source("mine", replace(source, tokens=500), target) == first
+    assert bring_source("mine", replace(source, tokens=2000), target).stopped_at == 2000
+    assert bring_source("mine", replace(source, tokens=0), target) == Brought(documents=160)
+    assert bring_source("mine", replace(source, tokens=10**6), target) == Brought(documents=160)
+
+
+def test_the_manifest_says_how_much_text_there_is_and_for_how_many_tokens(tmp_path, folder):
+    path = str(hub_set(tmp_path / "set", 2, 40))
+    sources = {
+        "bounded": Source(kind="hub", path=path, tokens=1000),
+        "small": Source(kind="hub", path=path, tokens=10**6),
+        "whole": Source(kind="hub", path=path),
+    }
+    job = make_job(tmp_path, "fetch", replace(make_config(sources), teacher=replace(TINY, path=str(folder))))
+    facts = run(job, ALONE, NeverStop())
+    assert facts["documents"] == {"bounded": 52, "small": 80, "whole": 80}
+    assert facts["characters"] == {"bounded": 52 * 107, "small": 80 * 107}
+    assert facts["stopped_at"] == {"bounded": 1000}
+    assert run(job, ALONE, NeverStop()) == facts
 
 
 def test_a_hub_set_that_is_not_there_is_one_line(tmp_path, monkeypatch):
@@ -169,8 +254,43 @@ def test_a_stop_leaves_no_part_of_a_file(tmp_path):
         raise Stopped("now")
 
     with pytest.raises(Stopped):
-        write_jsonl(tmp_path / "a.jsonl", ({"text": "x"} for _ in range(1000)), stop)
+        write_jsonl(tmp_path / "a.jsonl", (b"{}\n" for _ in range(1000)), stop)
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_chat_s_definitions_of_tools_are_brought_with_it(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(json.dumps({"text": "t", "tools": "[]", "id": 1}), encoding="utf-8")
+    for form, columns in (("chat", {"text", "tools"}), ("text", {"text"})):
+        bring_source(form, Source(kind="hub", path=str(tmp_path / "set"), format=form), tmp_path / f"{form}.jsonl")
+        assert set(json.loads((tmp_path / f"{form}.jsonl").read_text())) == columns
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("a\ud800", "surrogates not allowed"),
+        (datetime(2024, 1, 1), "datetime is not JSON"),
+        ([{"role": "user", "content": b"x"}], "bytes is not JSON"),
+    ],
+)
+def test_what_json_cannot_hold_is_one_line_with_its_row(tmp_path, monkeypatch, value, reason):
+    monkeypatch.setattr(fetch, "open_hub", lambda source: ([{"text": "a"}, {"text": value}], ""))
+    with pytest.raises(Mistake, match=f"source mine: row 2 of some/set cannot be written as JSON .*{reason}") as error:
+        bring_source("mine", Source(kind="hub", path="some/set"), tmp_path / "mine.jsonl")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "mine.jsonl").exists()
+
+
+def test_the_commit_that_was_brought_is_a_fact_also_after_a_stop_and_another_start(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(fetch, "open_hub", lambda source: ([{"text": "a"}], "c0ffee"))
+    sources = {"mine": Source(kind="hub", path="some/set"), "demo": Source(kind="demo", path="math", limit=2)}
+    job = make_job(tmp_path, "fetch", replace(make_config(sources), teacher=replace(TINY, path=str(folder))))
+    facts = run(job, ALONE, NeverStop())
+    assert facts["revisions"] == {"mine": "c0ffee"}
+    monkeypatch.setattr(fetch, "open_hub", lambda source: pytest.fail("asked again"))
+    assert run(job, ALONE, NeverStop()) == facts
+    assert not any("revision" in name for name in outputs_of(job.output))
 
 
 @pytest.mark.slow

@@ -143,6 +143,13 @@ def test_a_layer_of_the_mixer_is_the_sum_over_its_tokens_written_as_loops():
     assert mixer_flops(shape, choices, length).total * length == pytest.approx(total)
 
 
+def test_windows_of_layers_count_each_for_its_own():
+    shape = Teacher("t", "llama", "folder", "x", num_hidden_layers=3, hidden_size=32, num_attention_heads=4, head_dim=8)
+    each = [mixer_flops(shape, Student(window=window), 64).window for window in (6, 20, 6)]
+    student = Student(window=6, layer_windows={"1": 20})
+    assert mixer_flops(shape, student, 64).window == pytest.approx(sum(each) / 3)
+
+
 def test_an_8b_model_comes_near_six_flops_per_parameter_and_token():
     llama = {
         "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -160,10 +167,10 @@ def test_an_8b_model_comes_near_six_flops_per_parameter_and_token():
 
 
 def test_without_window_or_gates_nothing_is_counted_for_them():
-    shape = Teacher("t", "llama", "folder", "x", hidden_size=32, num_attention_heads=4, head_dim=8)
+    shape = Teacher("t", "llama", "folder", "x", num_hidden_layers=1, hidden_size=32, num_attention_heads=4, head_dim=8)
     mlstm = mixer_flops(shape, Student(use_window=False), 64)
     linear_attention = mixer_flops(shape, Student(use_window=False, use_gates=False), 64)
     assert mlstm.window == 0.0
     assert (mlstm.gates, linear_attention.gates) == (2 * 2 * 32 * 4, 0.0)
-    window_alone = SimpleNamespace(**vars(Student()), use_mlstm=False)
+    window_alone = SimpleNamespace(**vars(Student()), windows=Student().windows, use_mlstm=False)
     assert mixer_flops(shape, window_alone, 64).total == mixer_flops(shape, Student(), 64).window

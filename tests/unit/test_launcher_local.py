@@ -80,7 +80,27 @@ def test_other_settings_in_the_same_run_are_refused(tmp_path: Path, capsys: pyte
     assert main(["launch", "--name", "r", "stage=align", "cluster=local", "student.window=64"]) == 0
     capsys.readouterr()
     assert main(["launch", "--name", "r", "stage=align", "cluster=local", "student.window=32"]) == 2
-    assert "student.window is 64 in" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "align:\n  - student.window: 64\n  + student.window: 32\n" in told
+    assert "error: align: student.window is 64 in this run and 32 now" in told
+    assert "--restart align" in told
+
+
+@pytest.mark.slow
+def test_a_restart_sets_aside_what_was_made_and_makes_it_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["launch", "--name", "r", "stage=align", "cluster=local"]
+    assert main([*command, "student.window=64"]) == 0
+    before = (tmp_path / "runs/r/jobs/align/output/result.txt").read_text()
+    assert main([command[0], "--restart", "align", *command[1:], "student.window=32"]) == 0
+    assert (tmp_path / "runs/r/jobs/align/stale-1/output/result.txt").read_text() == before
+    assert "'student.window': 32" in (tmp_path / "runs/r/jobs/align/output/result.txt").read_text()
+    assert steps(tmp_path / "runs/r", "align") == list("1234512345")
+    assert steps(tmp_path / "runs/r", "fetch") == list("12345")
+    capsys.readouterr()
+    assert main([command[0], "--restart", "alien", *command[1:]]) == 2
+    assert "--restart alien: no such job here; there are fetch, tokenize, align" in capsys.readouterr().err
 
 
 def test_only_runs_the_stage_alone_and_names_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:

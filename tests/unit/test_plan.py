@@ -12,7 +12,7 @@ from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.job import JobFolder
 from xlstm_distill.contract.manifest import read_manifest
 from xlstm_distill.contract.schema import Config
-from xlstm_distill.contract.state import prepare, state_of
+from xlstm_distill.contract.state import covers, prepare, state_of
 
 DEMO = compose(["student.window=64", "distill.targets=cached"]).config
 
@@ -73,7 +73,31 @@ def test_online_targets_need_no_cache() -> None:
     graph = plan(with_key(DEMO, "distill", targets="online"))
     assert "cache" not in graph.names
     assert graph["distill-math"].inputs == ("fetch", "align", "tokenize")
-    assert graph["distill-math"].identity["cache.top_k"] == DEMO.cache.top_k
+    assert graph["distill-math"].identity["distill.loss"] == "full"
+    assert "cache.top_k" not in graph["distill-math"].identity
+    top = plan(with_key(DEMO, "distill", targets="online", loss="topk"))["distill-math"]
+    assert top.identity["cache.top_k"] == DEMO.cache.top_k
+
+
+def test_a_source_in_parts_has_a_piece_for_each_of_them_when_it_is_tokenised_and_cached() -> None:
+    math = replace(DEMO.data.sources["demo_math"], parts=3)
+    config = with_key(DEMO, "data", sources={**DEMO.data.sources, "demo_math": math})
+    graph = plan(replace(config, experts=("code",)))
+    for name in ("tokenize", "cache"):
+        assert graph[name].pieces == ("demo_math/0", "demo_math/1", "demo_math/2", "demo_code")
+
+
+def test_given_shards_in_another_number_of_parts_are_another_cache() -> None:
+    """Piece 0 of 2 has other shards than piece 0 of 3, under the same name; without parts the name is another one."""
+    made = {}
+    for parts in (1, 2, 3):
+        sources = {name: replace(source, parts=parts) for name, source in DEMO.data.sources.items()}
+        experts = {name: replace(expert, sources=sources) for name, expert in DEMO.expert.items()}
+        config = replace(DEMO, expert=experts, data=replace(DEMO.data, shards="/shards", sources=sources))
+        made[parts] = plan(config)["cache"].identity
+    assert not covers(made[3], made[2])
+    assert not covers(made[2], made[3])
+    assert covers(made[2], made[1])
 
 
 def test_paths_take_the_place_of_jobs() -> None:
@@ -100,14 +124,23 @@ def test_paths_take_the_place_of_jobs() -> None:
         (["distill.lr=1e-3"], {"distill-math", "distill-code"}),
         (["distill.gamma=.5"], {"distill-math", "distill-code"}),
         (["cache.top_k=16"], {"cache"}),
+        (["cache.sampler=random"], {"cache"}),
+        (["cache.sampler=topk"], {"cache", "distill-math", "distill-code"}),  # what the loss can read changes too
+        (["distill.loss=topk"], {"cache", "distill-math", "distill-code"}),
+        (["cache.sampler=hybrid", "distill.loss=random"], set()),  # as by itself
         (["data.sequence=1024"], {"tokenize"}),
+        (["expert.math.sources.demo_math.parts=2", "data.sources.demo_math.parts=2"], {"tokenize"}),
+        (["data.overlap=drop"], set()),
+        (["+eval.texts.q={kind: jsonl, path: /q}"], {"tokenize"}),
+        (["+eval.texts.q={kind: jsonl, path: /q}", "data.overlap=drop"], {"tokenize"}),
+        (["+eval.texts.q={kind: hub, path: some/set}"], {"fetch", "tokenize"}),
         (["teacher.revision=main"], {"fetch"}),
         (["expert.math.merge_weight=.7"], {"merge"}),
         (["eval.samples=3"], {"eval"}),
-        (["seed=1"], {"align", "distill-math", "distill-code"}),
+        (["seed=1"], {"align", "cache", "distill-math", "distill-code"}),
         (["data.sources.demo_math.weight=.3", "data.sources.demo_code.weight=.7"], {"align"}),
         (["align.tokens=9999", "align.micro_batch=1", "align.validate_every=3", "align.checkpoint_every=3"], set()),
-        (["data.workers=2", "strategy=fsdp", "strategy.threads=1", "eval.batch=1", "cache.micro_batch=1"], set()),
+        (["strategy=fsdp", "strategy.threads=1", "eval.batch=1", "cache.micro_batch=1"], set()),
         (
             [
                 "cluster=slurm",

@@ -2,16 +2,24 @@
 
 import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from eval_support import config, finished_run, job
 
-from xlstm_distill.contract.job import World
+from xlstm_distill.contract.files import write_json
+from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.manifest import Manifest, write_manifest
-from xlstm_distill.evaluate import plots, tables
-from xlstm_distill.evaluate.collect import checks, collect
+from xlstm_distill.evaluate import plots, tables, verdict_plots
+from xlstm_distill.evaluate.checks import checks
+from xlstm_distill.evaluate.collect import collect
 from xlstm_distill.evaluate.plots import loss_series
 from xlstm_distill.evaluate.report import main, run
+from xlstm_distill.evaluate.scores import read_board
+from xlstm_distill.evaluate.verdict import Verdicts
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -20,7 +28,7 @@ def score(value, stderr=0.05, better=True):
     return {"score": value, "stderr": stderr, "higher_is_better": better}
 
 
-def write_piece(folder, name, kl, scores):
+def write_piece(folder, name, kl, scores, samples=None):
     facts = {"heldout": {"prose": {"kl": kl, "perplexity": 8.0 + kl}}, "scores": scores}
     path = folder.piece_path(name)
     path.parent.mkdir(exist_ok=True)
@@ -28,6 +36,9 @@ def write_piece(folder, name, kl, scores):
     positions = {"bucket": 64, "kl": [kl, None, kl], "ce": [1.0, None, 1.0]}
     (folder.output / name).mkdir(exist_ok=True)
     (folder.output / name / "heldout.json").write_text(json.dumps({"prose": {"positions": positions}}))
+    for task, values in (samples or {}).items():
+        lines = [json.dumps({"id": f"q{i}", "score": value}) for i, value in enumerate(values)]
+        (folder.output / name / f"{task}.samples.jsonl").write_text("\n".join(lines))
 
 
 @pytest.fixture
@@ -51,6 +62,7 @@ def tiny_run(tmp_path):
 def test_the_report_holds_every_model_in_order(tiny_run, capsys):
     assert main([str(tiny_run)]) == 0
     text = (tiny_run / "report" / "report.md").read_text()
+    assert text.startswith("# tiny: students against their teacher\n")  # of either kind
     rows = re.findall(r"^\| ([\w +,]+?) \| \d\.\d{3} \|", text.split("## Tasks")[0], re.MULTILINE)
     assert rows == ["window + sinks, untrained", "aligned", "expert math", "teacher"]
     assert "0.600 ± 0.050" in text
@@ -58,13 +70,15 @@ def test_the_report_holds_every_model_in_order(tiny_run, capsys):
     assert "window + sinks, untrained" in capsys.readouterr().out
 
 
-def test_recovery_and_win_and_tie_stand_below_the_tasks(tiny_run):
-    header, rows = tables.task_table(collect(tiny_run))
+def test_recovery_and_win_and_tie_of_the_tasks(tiny_run):
+    results = collect(tiny_run)
+    found = results.comparisons()
+    assert found["aligned"].mean_recovery == pytest.approx(0.875)  # (0.6/0.8 + 1) / 2: lower is better stays out
+    assert found["math"].win_and_tie(0.0) == 0.5
+    assert found["window"].critical_tolerance == 0.0
+    assert "teacher" not in found
+    header, rows = tables.task_table(results)
     by_name = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
-    assert by_name["mean recovery"]["aligned"] == "0.875"  # (0.6/0.8 + 1) / 2: lower is better stays out
-    assert by_name["C_0"]["expert math"] == "0.500"
-    assert by_name["α*"]["window + sinks, untrained"] == "0.000"
-    assert by_name["α*"]["teacher"] == ""
     assert by_name["ppl ↓"]["teacher"] == "6.000"
 
 
@@ -79,7 +93,24 @@ def test_the_html_needs_no_other_file(tiny_run):
 def test_every_figure_is_a_png(tiny_run):
     main([str(tiny_run)])
     names = {path.name for path in (tiny_run / "report").glob("*.png") if path.read_bytes().startswith(PNG)}
-    assert names == {"heldout.png", "positions.png", "win_tie.png", "alignment.png", "output_gate.png", "losses.png"}
+    assert names == {
+        "heldout.png", "positions.png", "win_tie.png", "recovery.png", "alignment.png", "output_gate.png", "losses.png",
+    }  # fmt: skip
+
+
+def test_perplexity_past_the_training_is_drawn_for_teacher_and_students(tiny_run, monkeypatch):
+    task = "local_positions_prose"
+    folder = JobFolder.read(tiny_run / "jobs/eval")
+    for name, ce in (("aligned", [3.0, None, 2.5]), ("teacher", [2.0, 1.9, 1.8])):
+        write_piece(folder, name, 0.1, {task: score(2.0, None, False)})
+        found = {"positions": {"edges": [0, 32, 64, 128], "ce": ce}}
+        (folder.output / name / f"{task}.json").write_text(json.dumps(found))
+    drawn = {}
+    monkeypatch.setattr(plots, "save", lambda draw, path: drawn.update({path.stem: draw()}) or False)
+    plots.draw_all(collect(tiny_run), None, tiny_run)
+    lines = {line.get_label(): line.get_xydata() for line in drawn["long"].axes[0].lines if line.get_label()[0] != "_"}
+    assert [tuple(point) for point in lines["teacher"]] == [(16.0, 2.0), (48.0, 1.9), (96.0, 1.8)]
+    assert [tuple(point) for point in lines["aligned"]][::2] == [(16.0, 3.0), (96.0, 2.5)]
 
 
 def test_the_gates_of_aligned_student_and_experts_are_a_map_and_a_table(tiny_run, monkeypatch):
@@ -119,6 +150,127 @@ def test_the_plain_table_fits_into_a_hundred_columns(tiny_run):
     assert max(len(line) for line in lines) <= 100
 
 
+def shares(right, of=20):
+    return [1.0] * right + [0.0] * (of - right)
+
+
+def measured_run(path, students, unions=()):
+    """A run of the experts math and code, their generalists and the merge, scored on items."""
+    settings = config(tasks=("gsm8k", "mbpp"), experts=("math", "code", *unions))
+    experts = {
+        name: replace(expert, union_of=("math", "code") if name in unions else ())
+        for name, expert in settings.expert.items()
+    }
+    folder = finished_run(path, replace(settings, expert=experts), pieces=("teacher", *students))
+    (path / "graph.json").write_text("{}")
+    for name, right in {"teacher": {"gsm8k": 16, "mbpp": 10}, **students}.items():
+        scores = {task: score(count / 20) for task, count in right.items()}
+        write_piece(folder, name, 0.1, scores, {task: shares(count) for task, count in right.items()})
+    return path
+
+
+FOUR = {
+    "math": {"gsm8k": 16, "mbpp": 2}, "code": {"gsm8k": 6, "mbpp": 10}, "generalist": {"gsm8k": 8, "mbpp": 5},
+    "merged": {"gsm8k": 15, "mbpp": 9},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_report_says_per_domain_whether_merging_beats_the_generalist(tmp_path, capsys):
+    path = measured_run(tmp_path / "four", FOUR, ("generalist",))
+    assert main([str(path)]) == 0
+    report = (path / "report" / "report.md").read_text()
+    # 15/16 − 8/16 of the teacher's score, the items of all drawn together
+    found = re.search(r"math: merged against generalist \| \+0.438 \| \[\+(\S+), \+(\S+)\] \|\s+\| better", report)
+    assert 0.1 < float(found[1]) < 0.3 < 0.55 < float(found[2]) < 0.8
+    assert "code: merged against code (best and own expert) | −0.100" in report
+    assert "no scores per item" not in report
+    assert "all tasks: merged against generalist" in capsys.readouterr().out
+    assert (path / "report" / "changes.png").read_bytes().startswith(PNG)
+    assert json.loads((path / "report" / "win_tie.json").read_text())["merged"]["domains"]["math"]["value"] == 15 / 16
+
+
+def test_a_generalist_is_called_so_and_not_an_expert(tmp_path):
+    results = collect(measured_run(tmp_path / "four", FOUR, ("generalist",)))
+    assert [m.label for m in results.students] == ["expert math", "expert code", "generalist", "merged"]
+    assert (results.experts, results.unions) == (("math", "code"), {"generalist": ("math", "code")})
+
+
+@pytest.mark.slow
+def test_students_of_other_runs_stand_beside(tmp_path, capsys):
+    path = measured_run(tmp_path / "four", FOUR, ("generalist",))
+    other = measured_run(tmp_path / "other", {"math": {"gsm8k": 14, "mbpp": 8}})
+    assert main([str(path), "--beside", f"{other}:math", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["other:math"]["recovery"] == {"gsm8k": pytest.approx(14 / 16), "mbpp": 0.8}
+    assert main([str(path), "--beside", f"{other}:math"]) == 0
+    assert "other:math" in (path / "report" / "report.md").read_text()
+    assert main([str(path), "--beside", f"{other}:"]) == 2
+    assert "--beside other:merged: not measured there" in capsys.readouterr().err
+
+
+def test_a_student_of_another_teacher_does_not_stand_beside(tmp_path, capsys):
+    path, other = (measured_run(tmp_path / name, {"math": {"gsm8k": 14, "mbpp": 8}}) for name in ("a", "b"))
+    for run_folder in (path, other):
+        job(run_folder, config(), "fetch", "fetch").finish({"teacher": {"weights": run_folder.name}})
+    assert main([str(path), "--beside", f"{other}:math"]) == 2
+    assert "has another teacher than a" in capsys.readouterr().err
+
+
+def test_a_task_on_which_a_student_failed_is_listed_as_failed_and_lost(tmp_path):
+    path = measured_run(tmp_path / "four", {**FOUR, "code": {"gsm8k": 6}}, ("generalist",))
+    (path / "jobs/eval/pieces/code.json").unlink()
+    found = {"gsm8k": {"score": score(0.3)}, "task_of_old": {"failed": "long ago"}, "mbpp": {"failed": "out of memory"}}
+    for task, about in found.items():
+        write_json(path / f"jobs/eval/output/code/{task}.json", {"xdl": {"made": "", **about}})
+    write_json(path / "jobs/eval/output/code/heldout.json", {"prose": {"kl": 0.3, "perplexity": 4.0, "more": 1}})
+    assert main([str(path)]) == 0
+    report = (path / "report" / "report.md").read_text()
+    assert "Failed: code: mbpp: out of memory." in report
+    assert "long ago" not in report
+    assert "Without a score, counted as lost: code: mbpp." in report
+    assert collect(path).comparisons()["code"].recovery == {"gsm8k": 0.3 / 0.8, "mbpp": None}
+    heldout = {m.name: m.heldout for m in collect(path).models}
+    assert heldout["code"] == {"prose": {"kl": 0.3, "perplexity": 4.0}}
+
+
+def test_a_task_on_which_the_teacher_scores_nothing_is_no_loss_in_the_figure(tmp_path):
+    scores = {"teacher": {"a": 0.0, "b": 0.5}, "students": {"s": {"a": 0.1, "b": 0.4}}}
+    figure = verdict_plots.recovery(Verdicts(read_board(Path(scores_file(tmp_path, scores)))))
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["teacher: 0", "teacher"]
+
+
+def test_without_scores_per_item_the_report_says_so(tiny_run):
+    main([str(tiny_run)])
+    report = (tiny_run / "report" / "report.md").read_text()
+    assert "Over samples, recall, cloze: no scores per item" in report
+
+
+def test_every_figure_of_the_verdict_has_a_legend_with_every_student(tmp_path):
+    verdicts = Verdicts(collect(measured_run(tmp_path / "four", FOUR, ("generalist",))).board)
+    drawn = {"win_tie": list(FOUR), "recovery": list(FOUR), "changes": ["best", "domain's", "generalist"]}
+    for name, students in drawn.items():
+        figure = getattr(verdict_plots, name)(verdicts.changes if name == "changes" else verdicts)
+        labels = [text.get_text().split()[0] for text in figure.legends[0].get_texts()]
+        assert sorted(labels) == sorted(s if s != "domain's" else "the" for s in students)
+    curves = verdict_plots.win_tie(verdicts).axes[0]
+    math_curve = dict(zip(*(axis.tolist() for axis in curves.lines[0].get_data()), strict=True))
+    assert (math_curve[0.0], math_curve[0.5]) == (0.5, 0.5)
+    assert curves.lines[0].get_xdata()[-1] == pytest.approx(0.84)  # a little beyond the largest drop, .8
+
+
+@pytest.mark.slow
+def test_a_report_of_scores_needs_neither_torch_nor_transformers(tmp_path):
+    path = scores_file(tmp_path, {"teacher": {"a": 0.8}, "students": {"s": {"a": 0.6}}})
+    code = f"""if True:
+        import sys
+        from xlstm_distill.evaluate.report import main
+        assert main(["--scores", {path!r}]) == 0
+        print({{"torch", "transformers"}} & set(sys.modules))"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "set()"
+
+
 def test_the_stage_writes_the_same_to_its_output(tiny_run):
     folder = job(tiny_run, config(), "report", "report", ("align",))
     facts = run(folder, World(), None)
@@ -155,6 +307,12 @@ def test_wide_tables_go_on_below():
     assert "…" in text
 
 
+def test_long_names_that_begin_alike_or_end_alike_stay_apart():
+    names = [f"local_{kind}_demo_{source}" for kind in ("cloze", "words") for source in ("math", "code")]
+    text = tables.as_text((["task", *"abcdefgh"], [[name, *["1.000±.000"] * 8] for name in names]))
+    assert len({line.split()[0] for line in text.split("\n\n")[0].splitlines()[2:]}) == 4
+
+
 def test_the_loss_curves_are_losses_and_validation():
     records = [{"time": 0, "step": 1, "total": 2, "loss": 2.0, "lr": 0.1, "validation/prose/kl": 0.5}]
     assert loss_series(records) == {"loss": ([1], [2.0]), "validation/prose/kl": ([1], [0.5])}
@@ -174,7 +332,7 @@ def test_scores_of_any_origin_give_the_documented_json(tmp_path, capsys):
     assert main(["--scores", scores_file(tmp_path, content), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"s", "t"}
-    assert set(found["s"]) == {"critical_tolerance", "win_and_tie", "recovery"}
+    assert {"critical_tolerance", "win_and_tie", "recovery", "mean_recovery", "intervals", "domains"} <= set(found["s"])
     assert found["s"]["critical_tolerance"] == 0
     assert found["s"]["win_and_tie"]["0.24"] == pytest.approx(2 / 3)
     assert found["s"]["win_and_tie"]["0.25"] == 1
@@ -182,13 +340,6 @@ def test_scores_of_any_origin_give_the_documented_json(tmp_path, capsys):
     assert found["t"]["critical_tolerance"] == 0  # a and c tie, b is missing
     assert found["t"]["win_and_tie"]["1.0"] == pytest.approx(2 / 3)
     assert list(tmp_path.iterdir()) == [tmp_path / "scores.json"]
-
-
-def test_scores_without_json_make_a_report_beside_the_file(tmp_path, capsys):
-    content = {"teacher": {"a": 0.8}, "students": {"s": {"a": 0.6}}}
-    assert main(["--scores", scores_file(tmp_path, content)]) == 0
-    assert {path.name for path in (tmp_path / "scores-report").iterdir()} == {"report.md", "report.html", "win_tie.png"}
-    assert "0.250" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -211,7 +362,10 @@ def test_a_bad_scores_file_is_one_line(tmp_path, capsys, content, message):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["somewhere", "--scores", "x"], ["--scores", "/no/such/file"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["somewhere", "--scores", "x"], ["--scores", "/no/such/file"], ["--scores", "x", "--beside", "run:merged"]],
+)
 def test_bad_arguments_are_one_line(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -219,8 +373,6 @@ def test_bad_arguments_are_one_line(arguments, capsys):
 
 def test_an_expert_is_judged_by_its_own_domain_only():
     from types import SimpleNamespace
-
-    from xlstm_distill.evaluate.collect import checks
 
     def model(name, math, code):
         return SimpleNamespace(name=name, heldout={"math": {"kl": math}, "code": {"kl": code}})

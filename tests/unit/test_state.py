@@ -5,6 +5,8 @@ import torch
 from model_support import FAMILIES, close, tiny_student, tiny_teacher, tokens
 from transformers import AutoModelForCausalLM
 
+from xlstm_distill.model import HybridConfig
+
 CHOICES: list[dict] = [
     {},
     {"use_mlstm": False},
@@ -17,6 +19,7 @@ CHOICES: list[dict] = [
     {"gate_input": "qkv_rotated"},
     {"sinks": 0, "window": 1},
     {"sinks": 12, "window": 3},
+    {"layer_windows": [3, 11]},
 ]
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
@@ -141,6 +144,8 @@ def test_what_was_read_cannot_be_taken_back(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "olmo3"])
 @pytest.mark.parametrize("choices", CHOICES)
 def test_its_bytes_are_those_of_the_formula_whatever_was_read(tmp_path, family, choices):
+    if family == "olmo3" and "layer_windows" in choices:
+        choices = {"layer_windows": [3, 11, 4, 9]}  # it has four layers here
     _, student = tiny_student(tmp_path, family, **choices)
     sizes = []
     with torch.no_grad():
@@ -157,6 +162,14 @@ def test_the_formula_by_hand(tmp_path):
     slots = (8 + 2) * (2 * 2 * 2 * 8 + 8) + 8
     assert student.config.state_bytes(3, torch.bfloat16) == 3 * 2 * (4 * 4 * 8 * 9 + slots)
     assert student.config.state_bytes() > student.config.state_bytes(1, torch.float16)
+
+
+def test_each_layer_sees_as_far_as_its_own_window(tmp_path):
+    teacher = tiny_teacher("olmo3")
+    _, student = tiny_student(tmp_path, teacher=teacher, layer_windows=[8, 2, 3, 20])
+    assert [mixer.window for mixer in student.mixers] == [5, 2, 3, 20]  # the first three are the teacher's 5 at most
+    with pytest.raises(ValueError, match=r"layer_windows=\[3\]: expected 4 windows of at least 1"):
+        HybridConfig(teacher.config, layer_windows=[3])
 
 
 @pytest.mark.slow

@@ -14,13 +14,7 @@ from xlstm_distill.contract.exitcode import Mistake, Stopped
 from xlstm_distill.runtime import stop
 from xlstm_distill.runtime.stop import StopFlag, number_device
 
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_support import make_shards
@@ -74,6 +75,50 @@ def test_parts_come_in_proportion_to_their_weights_whatever_their_size(parts, sh
     assert sum(n < 100 for n in drawn) / len(drawn) == pytest.approx(share, abs=0.03)
     counts = Counter(n for n in drawn if n < 100)
     assert max(counts.values()) - min(counts.values()) <= 0.7 * 680 / 34  # each epoch chooses anew, no favourites
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("sized")
+    sizes = (400, 900, 150, 50, 700)
+    return [make_shards(root / str(n), size, sequence=1, shard_bytes=1 << 14) for n, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (0.64, 0.21, 0.01, 0.11, 0.03),
+        (0.6, 0.2, 0.012, 0.12, 0.068),
+        (0.906, 0.034, 0.06),
+        (0.05, 0.05, 0.9),
+        (0.5, 0.5),
+    ],
+)
+def test_over_any_epoch_the_shares_are_within_half_a_percent_whether_parts_are_repeated_or_cut(sized, weights):
+    parts = [Part(folder, weight) for folder, weight in zip(sized, weights, strict=False)]
+    stream = SampleStream(parts, batch=1, seed=5)
+    available = [len(shards) for shards in stream.shards]
+    drawn = [np.bincount(of_part(stream, epoch), minlength=len(parts)) for epoch in range(3)]
+    for counts in drawn:
+        assert counts.sum() == stream.mixture.epoch_size == sum(available)
+        assert np.abs(counts / counts.sum() - weights).max() < 0.005
+    repeated = [count > there for count, there in zip(drawn[0], available, strict=True)]
+    assert any(repeated)
+    assert not all(repeated)
+
+
+def of_part(stream: SampleStream, epoch: int) -> list[int]:
+    first = epoch * stream.mixture.epoch_size
+    return [stream._place(number)[0] for number in range(first, first + stream.mixture.epoch_size)]
+
+
+def test_a_repeated_part_repeats_each_sample_equally_often_and_a_cut_one_repeats_none(sized):
+    stream = SampleStream([Part(sized[0], 0.9), Part(sized[1], 0.1)], batch=1, seed=5)
+    places = Counter(stream._place(number) for number in range(stream.mixture.epoch_size))
+    often = [count for (part, _), count in places.items() if part == 0]
+    assert len(often) == 400
+    assert max(often) - min(often) <= 1
+    assert {count for (part, _), count in places.items() if part == 1} == {1}
 
 
 def test_weights_count_relative_to_their_sum_and_a_part_of_weight_nothing_is_left_out(parts):
@@ -157,6 +202,19 @@ def test_a_missing_or_damaged_shard_is_named(tmp_path, damage):
     word = "missing" if damage == "missing" else "damaged"
     with pytest.raises(Mistake, match=f"{shard}: {word} shard.*launch again"):
         read_samples(folder, 20)
+
+
+@pytest.mark.parametrize("all_gone", [False, True])
+def test_a_shard_deleted_during_reading_is_unpacked_again_or_named(tmp_path, all_gone):
+    shards = Shards(make_shards(tmp_path / "a", 20))
+    assert shards[0]["tokens"][0] == 0
+    for file in [*shards.folder.glob(".raw/*"), *(shards.folder.glob("shard.*") if all_gone else [])]:
+        file.unlink()
+    if not all_gone:
+        assert [shards[n]["tokens"][0] for n in range(20)] == list(range(20))
+        return
+    with pytest.raises(Mistake, match=f"{shards.folder}/shard.00000.mds.zstd: missing shard"):
+        shards[0]
 
 
 def test_a_folder_without_shards_is_named(tmp_path):

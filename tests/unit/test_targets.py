@@ -1,18 +1,21 @@
 """Sparse targets are the teacher's log-probabilities and the log of what is left."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
-from data_support import make_config, make_job
+from data_support import make_config, make_job, make_shards
 from model_support import VOCABULARY, tiny_teacher
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.job import World
-from xlstm_distill.contract.schema import Distill, Strategy
+from xlstm_distill.contract.schema import Cache, Distill, Strategy
 from xlstm_distill.data.stream import Batch
-from xlstm_distill.objectives.distill import DenseTargets
+from xlstm_distill.objectives.distill import DenseTargets, distillation_loss
 from xlstm_distill.parallel.strategy import make_strategy
+from xlstm_distill.teacher.index import data_digest, index_of, write_note
 from xlstm_distill.teacher.targets import OnlineTargets, cached_targets, make_target_source, sparse_targets
 
 
@@ -60,8 +63,8 @@ def test_the_teacher_beside_the_student_gives_its_own_logits(tmp_path, loss, tie
     else:
         assert found.ids.shape == (30, 5)
         torch.testing.assert_close(found.log_probs, wanted.topk(5).values, atol=1e-4, rtol=1e-4)
-    assert not any(p.requires_grad for p in online.model.parameters())
-    assert not online.model.lm_head._forward_pre_hooks
+    assert not any(p.requires_grad for p in online.teacher.model.parameters())
+    assert not online.teacher.model.lm_head._forward_pre_hooks
 
 
 def test_with_reset_the_teacher_sees_each_document_of_a_sample_alone(tmp_path):
@@ -83,18 +86,72 @@ def test_cached_targets_come_flat_and_their_absence_is_told():
         cached_targets(given)
     given.targets = (torch.zeros(3, 10, 4).long(), torch.zeros(3, 10, 4), torch.zeros(3, 10))
     found = cached_targets(given)
-    assert [tuple(x.shape) for x in vars(found).values()] == [(30, 4), (30, 4), (30,)]
+    assert [tuple(x.shape) for x in (found.ids, found.log_probs, found.tail_log_mass)] == [(30, 4), (30, 4), (30,)]
+    assert found.temperature == 1
 
 
-def test_targets_of_another_teacher_are_refused_before_anything_is_loaded(tmp_path):
+@pytest.mark.parametrize("loss", ["full", "topk", "topk_tail"])
+def test_at_a_temperature_the_teacher_beside_the_student_is_softer(tmp_path, loss):
+    """And the loss of a student that is the teacher is the same 0 whatever the kind."""
+    teacher = tiny_teacher()
+    teacher.save_pretrained(tmp_path)
+    strategy = make_strategy(Strategy(precision="float32", threads=1), World())
+    online = OnlineTargets(tmp_path, Distill(loss=loss, targets="online", temperature=2.0), 5, strategy)
+    given = batch()
+    with torch.no_grad():
+        hidden = teacher.model(given.tokens[:, :-1]).last_hidden_state.flatten(0, 1)
+    found, head, labels = online(given), teacher.lm_head.weight.detach(), given.tokens[:, 1:].flatten()
+    if loss != "full":
+        wanted = (hidden @ head.T / 2).log_softmax(-1).topk(5).values
+        torch.testing.assert_close(found.log_probs, wanted, atol=1e-4, rtol=1e-4)
+    settings = {"kind": loss, "gamma": 0.0, "beta": 1.0, "temperature": 2.0}
+    loss_of_itself = distillation_loss(hidden, head, labels, torch.ones(30), found, **settings)
+    assert abs(float(loss_of_itself.kl)) < 1e-3
+    with pytest.raises(ValueError, match="temperature 1") if loss == "topk_tail" else nullcontext():
+        distillation_loss(hidden, head, labels, torch.ones(30), found, **settings | {"temperature": 1.0})
+
+
+@pytest.mark.parametrize("loss", ["topk_tail", "random"])
+def test_a_temperature_over_cached_targets_is_refused_before_anything_is_read(tmp_path, loss):
+    config = replace(make_config(), distill=Distill(loss=loss, temperature=2.0))
+    job = make_job(tmp_path, "distill", config)
+    with pytest.raises(Mistake, match=r"distill.temperature=2.0: the mass that cached targets leave out is known at 1"):
+        make_target_source(config, job, make_strategy(Strategy(threads=1), World()), tmp_path / "shards", ["mine"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "sampler"), [("topk_tail", "hybrid"), ("topk", "random"), ("random", "topk"), ("topk", "hybrid")]
+)
+def test_a_loss_that_cannot_read_what_the_sampler_kept_is_refused(tmp_path, loss, sampler):
+    config = replace(make_config(), distill=Distill(loss=loss), cache=Cache(sampler=sampler))
+    job = make_job(tmp_path, "distill", config)
+    with pytest.raises(Mistake, match=rf"distill.loss={loss}: reads targets of cache.sampler=.*, got {sampler}"):
+        make_target_source(config, job, make_strategy(Strategy(threads=1), World()), tmp_path / "shards", ["mine"])
+
+
+def test_targets_of_another_teacher_or_of_other_tokens_are_refused_before_anything_is_loaded(tmp_path):
     config = make_config()
     fetched = make_job(tmp_path, "fetch", config)
     (fetched.output / "teacher.json").write_text(json.dumps({"weights": "aa", "tokenizer": "bb"}))
     job = make_job(tmp_path, "distill", config)
-    note = {"codec": 1, "teacher": "zz", "tokenizer": "bb", "top_k": config.cache.top_k}
+    right = index_of(config, fetched.output)
+    tokens = make_job(tmp_path, "tokenize", config).output / "mine"
     for split in ("train", "validation"):
-        (tmp_path / "shards/mine" / split).mkdir(parents=True)
-        (tmp_path / "shards/mine" / split / "targets.json").write_text(json.dumps(note))
-    strategy = make_strategy(Strategy(threads=1), World())
-    with pytest.raises(Mistake, match="made with teacher=zz, this run has teacher=aa"):
-        make_target_source(config, job, strategy, tmp_path / "shards", ["mine"])
+        make_shards(tokens / split, 2)
+
+    digests = {split: data_digest(tokens / split) for split in ("train", "validation")}
+
+    def sources(**changes):
+        for split, digest in digests.items():
+            write_note(tmp_path / "shards/mine" / split, {**right, "data": digest, **changes})
+        strategy = make_strategy(Strategy(threads=1), World())
+        return make_target_source(config, job, strategy, tmp_path / "shards", ["mine"])
+
+    assert sources() is cached_targets
+    with pytest.raises(Mistake, match="made with weights=zz, this run has weights=aa"):
+        sources(weights="zz")
+    with pytest.raises(Mistake, match=f"made with data=zz, this run has data={digests['train']}"):
+        sources(data="zz")
+    for file in tokens.glob("*/index.json"):  # the targets' shards hold the tokens themselves
+        file.unlink()
+    assert sources(data="zz") is cached_targets

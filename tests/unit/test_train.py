@@ -56,6 +56,7 @@ def assert_same(first, second):
     assert metrics(first) == metrics(second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "changes"), STAGES)
 @pytest.mark.parametrize("stops", [[3], [0, 2, 1]])
 def test_stopped_and_gone_on_equals_an_unbroken_run_to_the_bit(jobs, stage, changes, stops, tmp_path_factory):
@@ -165,7 +166,8 @@ def gradients(jobs, stage, micro_batch):
     else:
         from xlstm_distill.teacher.targets import cached_targets
 
-        task = Distillation(model, cached_targets, config.distill, config.adamw, strategy, {})
+        settings = replace(config.distill, loss=config.loss)
+        task = Distillation(model, cached_targets, settings, config.adamw, strategy, {})
     values = task.gradients(batch)
     return values, {name: p.grad for name, p in task.parameters.items()}
 
@@ -186,6 +188,7 @@ def test_recomputed_activations_change_nothing(jobs):
     assert_same(plain, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "distill"])
 def test_bfloat16_products_stay_near_and_parameters_stay_float32(jobs, stage):
     exact = training_job(jobs, f"{stage}-float32", stage)
@@ -332,6 +335,7 @@ def test_steps_that_stay_sick_end_the_job_with_one_line_that_names_samples(jobs,
     assert (folder.checkpoints / "latest").read_text() == "step-2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "distill"])
 def test_a_stop_inside_a_validation_saves_and_the_validation_is_made_later(jobs, stage):
     whole, folder = (training_job(jobs, f"{stage}-{name}", stage) for name in ("unbroken", "validating"))

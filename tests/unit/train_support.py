@@ -68,14 +68,14 @@ def make_config(shards: Path) -> Config:
     )
 
 
-def make_run(root: Path, *, tied: bool = False) -> Path:
-    """Folder of jobs of which fetch, align and cache are done."""
+def make_run(root: Path, *, tied: bool = False, **teacher: object) -> Path:
+    """Folder of jobs of which fetch, align and cache are done; `teacher`: of its configuration."""
     from xlstm_distill.teacher import capture
 
     config = make_config(make_shards(root / "shards"))
     jobs = root / "jobs"
     fetch = job(jobs, "fetch", config)
-    tiny_teacher(tie_word_embeddings=tied).save_pretrained(fetch.output / "teacher")
+    tiny_teacher(tie_word_embeddings=tied, **teacher).save_pretrained(fetch.output / "teacher")
     write_json(fetch.output / "teacher.json", {"weights": "aa", "tokenizer": "bb"})
     fetch.finish({})
     cache = job(jobs, "cache", config, inputs=("fetch",), pieces=tuple(SOURCES))
@@ -107,6 +107,8 @@ def training_job(jobs: Path, name: str, stage: str, *, world: dict | None = None
 
 class Never:
     """A stop flag that nobody raises."""
+
+    margin = 0.0
 
     def requested(self, also: bool = False) -> bool:
         return also

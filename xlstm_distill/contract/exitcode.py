@@ -1,5 +1,7 @@
 """How a stage ends: the exit codes that the launcher and the batch scripts act on, and the exceptions behind them."""
 
+import errno
+
 DONE = 0
 """The manifest is written."""
 MISTAKE = 2
@@ -16,3 +18,19 @@ class Mistake(Exception):
 
 class Stopped(Exception):
     """Raised by a loop after its checkpoint is durable. Ends with `STOPPED`."""
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the user has to mend: no room, or no right to write."""
+
+
+def disk_mistake(error: OSError, place: str) -> str:
+    """One line about a full or forbidden disk; empty where `error` is about something else.
+
+    Args:
+        error: as it was raised.
+        place: what was written to, where the error does not say.
+    """
+    if error.errno not in DISK:
+        return ""
+    return f"{error.filename or place}: {error.strerror}; make room or give the rights, and launch again"

@@ -6,8 +6,12 @@ norms, activations, RoPE, softmax and what a kernel or activation checkpointing 
 the sums out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal, Protocol
+
+from xlstm_distill.contract.distil_xlstm import Blocks
 
 BACKWARD = 2
 """A product in the forward pass costs two in the backward pass: the gradient of either factor."""
@@ -35,8 +39,7 @@ class Shape(Protocol):
 class Choices(Protocol):
     """Of the student: `contract.schema.Student`, or a model's configuration."""
 
-    @property
-    def window(self) -> int: ...
+    def windows(self, layers: int) -> Sequence[int]: ...
     @property
     def sinks(self) -> int: ...
     @property
@@ -72,7 +75,7 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class Mixer:
-    """What one mixer adds to its projections, per token."""
+    """What one mixer adds to its projections, per token; the mean of the layers."""
 
     window: float
     """Softmax attention over window and sinks."""
@@ -104,6 +107,9 @@ def step_flops(
     layers, dense = shape.num_hidden_layers, dense_flops(shape)
     head = 2.0 * shape.hidden_size * shape.vocab_size
     attention = layers * shape.num_attention_heads * 4.0 * shape.head_dim * causal_pairs(sequence) / sequence
+    if getattr(choices, "kind", "hybrid") == "distil_xlstm":  # always online; its head is frozen
+        blocks = Blocks(shape.hidden_size, layers).flops(sequence)
+        return StepFlops(dense + head + attention, blocks + head, BACKWARD * blocks + head)
     mixer = mixer_flops(shape, choices, sequence)
     if stage == "align":
         # The inputs of a mixer are given: no gradient of what they are multiplied with, none through the window.
@@ -120,7 +126,7 @@ def dense_flops(shape: Shape) -> float:
 
 
 def mixer_flops(shape: Shape, choices: Choices, sequence: int) -> Mixer:
-    """One mixer without its projections, forward, per token."""
+    """One mixer without its projections, the mean of the layers, forward, per token."""
     heads, dim = shape.num_attention_heads, shape.head_dim
     features = dim * (2 if choices.feature_map == "hedgehog" else 1)
     near = chunk_pairs(sequence, choices.chunk) / sequence
@@ -128,7 +134,9 @@ def mixer_flops(shape: Shape, choices: Choices, sequence: int) -> Mixer:
     has_mlstm = getattr(choices, "use_mlstm", True)
     of_output = shape.hidden_size if choices.gate_input == "hidden" else 3 * dim
     gates = (2 * shape.hidden_size if choices.use_gates else 0) + (of_output if choices.use_window else 0)
-    window = 4.0 * heads * dim * window_pairs(sequence, choices.window, choices.sinks) / sequence
+    layers = shape.num_hidden_layers  # 0: not known before the teacher is there; then nothing is counted
+    windows = choices.windows(layers) if layers else [0]
+    window = 4.0 * heads * dim * fmean(window_pairs(sequence, w, choices.sinks) for w in windows) / sequence
     return Mixer(
         window=window if choices.use_window else 0.0,
         scores=has_mlstm * 2.0 * heads * features * (products * near + dim + 1),

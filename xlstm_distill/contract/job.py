@@ -5,11 +5,13 @@ runs/NAME/jobs/JOB/
     submit.sbatch    what Slurm got (Slurm only)
     logs/            one file per rank        tensorboard/   metrics.jsonl
     checkpoints/     step-N/, latest          stop           asks every rank to checkpoint and end (exit code 75)
-    pieces/          one manifest per finished piece
+    pieces/          one manifest per finished piece    heartbeats/ ledger.jsonl ends stop.json   what befell it
     output/          what the job makes       manifest.json  written last: the job is done
 """
 
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +20,14 @@ from typing import Any
 import yaml
 
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.files import write_atomic
+from xlstm_distill.contract.files import read_yaml, write_atomic, yaml_text
 from xlstm_distill.contract.manifest import Manifest, outputs_of, read_manifest, verify_outputs, write_manifest
 from xlstm_distill.contract.schema import Config, Placement, build
+
+UNFINISHED = "unfinished"
+"""File in a job folder: rank 0 could not finish the job, so that the others need not wait for its manifest."""
+STOP_SECONDS = "stop.json"
+"""File of a job folder: `{"seconds": …}` between a request to stop and the end of the process, as measured."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class JobFolder:
             Mistake: there is none, or it does not fit the schema.
         """
         try:
-            raw = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+            raw = read_yaml((path / "config.yaml").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise Mistake(f"{path}: not a job folder (no config.yaml in it)") from error
         except yaml.YAMLError as error:
@@ -102,7 +109,7 @@ class JobFolder:
     def write(self) -> None:
         """Write `config.yaml`, atomically."""
         raw = {"job": asdict(self.job), "config": asdict(self.config)}
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(plain(raw), sort_keys=False, allow_unicode=True))
+        write_atomic(self.path / "config.yaml", yaml_text(plain(raw)), durable=False)
 
     def sibling(self, name: str) -> "Path":
         """Folder of another job of the same run."""
@@ -205,7 +212,7 @@ def plain(value: Any) -> Any:
 
 
 def code_version() -> dict[str, str]:
-    """Version of the installed package, and the commit when it runs from a checkout."""
+    """Version of the installed package, and the commit when it runs from a checkout or a snapshot of one."""
     import subprocess
     from importlib.metadata import PackageNotFoundError, version
 
@@ -214,7 +221,9 @@ def code_version() -> dict[str, str]:
     except PackageNotFoundError:
         record = {"version": "0+unknown"}
     root = Path(__file__).parents[2]
-    if (root / ".git").exists():
+    if (root / "commit.json").is_file():  # a snapshot
+        return dict(json.loads((root / "commit.json").read_text(encoding="utf-8")))
+    if (root / ".git").exists() and shutil.which("git"):
         git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         if git.returncode == 0:
             record["commit"] = git.stdout.strip()

@@ -7,7 +7,9 @@ makes again, so each step that counts is there once. `ledger.jsonl` says when pr
     {"event": "end", "time": 1792483600.0, "step": 500}
 """
 
+import json
 import os
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,9 @@ from typing import Any
 from xlstm_distill.contract.files import append_line, read_lines
 
 NAME = "ledger.jsonl"
+_SECONDS = re.compile(rb'"seconds": ([0-9.e+-]+)[,}]')
+_TAIL = 1 << 16
+"""Bytes at the end of `metrics.jsonl` in which its last record stands."""
 
 
 def record_start(folder: Path, step: int, **facts: Any) -> None:
@@ -40,7 +45,11 @@ def restarts(folder: Path) -> int:
 
 def productive_seconds(folder: Path) -> float:
     """Σ of the steps' `seconds`, each step once: without validation, waiting for checkpoints, starting."""
-    return float(sum(record.get("seconds", 0.0) for record in read_lines(folder / "metrics.jsonl")))
+    try:
+        text = (folder / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return 0.0
+    return sum(map(float, _SECONDS.findall(text)))  # parsing it all would cost `xdl status` seconds
 
 
 def wall_seconds(folder: Path, now: float | None = None) -> float:
@@ -48,9 +57,25 @@ def wall_seconds(folder: Path, now: float | None = None) -> float:
     lines = read_lines(folder / NAME)
     if not lines:
         return 0.0
-    newest = max(line["time"] for line in (*lines, *read_lines(folder / "metrics.jsonl")[-1:]))
+    newest = max(_newest_metric(folder), *(line["time"] for line in lines))
     pauses = [after["time"] - before["time"] for before, after in pairwise(lines) if before["event"] == "end"]
     return float((newest if now is None else now) - lines[0]["time"] - sum(pauses))
+
+
+def _newest_metric(folder: Path) -> float:
+    """Time of the last whole record of `metrics.jsonl`; 0: none."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return 0.0
+    for line in reversed(lines):
+        try:
+            return float(json.loads(line)["time"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0.0
 
 
 def goodput(folder: Path) -> float:

@@ -5,7 +5,7 @@ Imports no torch: the launcher and the stages share this file.
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -56,13 +56,19 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Student:
-    """The hybrid xLSTM (paper §2, §3.1; what these leave open is our choice)."""
+    """What the teacher becomes: the hybrid xLSTM (paper §2, §3.1; what these leave open is our choice), to which all
+    keys but `kind` and `init_from` belong, or Distil-xLSTM (arXiv 2503.18565)."""
 
+    kind: Literal["hybrid", "distil_xlstm"] = "hybrid"
+    """`distil_xlstm`: half as many blocks as the teacher has layers, sLSTM and mLSTM by turns, between its frozen
+    embedding and head."""
     init_from: str = ""
     """Folder of a converted or aligned student to start Stage II from instead of the `align` job's output; it
     keeps the choices it was made with."""
     window: int = 512
     """Positions of the sliding window, the current one included."""
+    layer_windows: Mapping[str, int] = field(default_factory=dict)
+    """Layers with a window of their own, counted from 0: `student.layer_windows.7=512`."""
     sinks: int = 4
     """First positions of the sequence that every query sees, on top of the window."""
     feature_map: Literal["softmax", "hedgehog"] = "softmax"
@@ -82,8 +88,27 @@ class Student:
     """c of c·tanh(x/c) on the input gate's pre-activation."""
     output_gate_bias: float = -4.0
     """Initial bias of o: at −4 the student starts as window + sinks."""
+    forget_gate_bias: tuple[float, ...] = (3.0, 6.0)
+    """Initial biases of f, evenly from the first head to the last: at 3 a head halves its state in 14 tokens, at 6 in
+    280."""
     chunk: int = 64
     """Length of a chunk of the chunkwise-parallel mLSTM; speed only."""
+
+    @property
+    def reach(self) -> int:
+        """Positions that a query sees itself; 0: of a student without a window."""
+        return self.window if self.kind == "hybrid" else 0
+
+    def windows(self, layers: int) -> list[int]:
+        """The window of each layer.
+
+        Raises:
+            ValueError: `layer_windows` names a layer that there is not.
+        """
+        known = [str(layer) for layer in range(layers)]
+        if wrong := set(self.layer_windows) - set(known):
+            raise ValueError(f"layer_windows.{min(wrong)}: expected a layer from 0 to {layers - 1}")
+        return [self.layer_windows.get(layer, self.window) for layer in known]
 
 
 @dataclass(frozen=True)
@@ -94,14 +119,19 @@ class Model:
     """What computes the mLSTM; `auto`: Triton's kernel on GPUs, else torch's. It checks itself before training."""
 
 
+DEMO_DOCUMENTS = {"math": 1150, "code": 150, "prose": 110}
+"""What `kind=demo` makes, and documents unless `limit` says otherwise: 90,000 to 135,000 tokens of SmolLM2's each."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """One data source, read through `datasets`."""
+    """One data source."""
 
     weight: float = 1.0
     """Share of the tokens in its mixture; the weights of a mixture sum to 1."""
     kind: Literal["text", "jsonl", "parquet", "hub", "demo"] = "hub"
-    """Files (`path` is a glob), a Hugging Face data set (`path` is its id), or generated (`path`: math or code)."""
+    """Files (`path` is a glob; text and jsonl may end in .gz or .zst), a Hugging Face data set (`path` is its id), or
+    generated (`path`: math, code or prose)."""
     path: str = ""
     """Glob, hub id or generator."""
     subset: str = ""
@@ -118,6 +148,17 @@ class Source:
     """With `format=chat`: column of the assistant's answer where `field` has the question only (text or messages)."""
     limit: int = 0
     """At most this many documents; 0: all."""
+    tokens: int = -1
+    """About so many tokens are made of it, and of a hub data set text for as many is fetched; 0: all; -1: what the
+    trainings and evaluations draw of it, and 5 % more (of `demo`, and with `limit`: all)."""
+    parts: int = 1
+    """Pieces that `tokenize` and `cache` make of it side by side: document n, or shard n, goes to piece n modulo
+    `parts`."""
+
+
+def pieces_of(name: str, source: Source) -> tuple[str, ...]:
+    """The pieces in which a source is tokenised and cached: itself, or `NAME/0` … `NAME/(parts − 1)`."""
+    return (name,) if source.parts == 1 else tuple(f"{name}/{part}" for part in range(source.parts))
 
 
 @dataclass(frozen=True)
@@ -132,8 +173,8 @@ class Data:
     """T: tokens that a sample feeds; it holds T + 1."""
     validation: float = 0.01
     """Fraction of the documents held out, chosen by the hash of their text."""
-    workers: int = 0
-    """Processes that tokenise; 0: one per core. Does not change the output."""
+    overlap: Literal["count", "drop"] = "count"
+    """What to do with documents that share 13 words in a row with one of `eval.texts`."""
     shard_bytes: int = 1 << 26
     """Size at which an MDS shard is closed, before compression."""
 
@@ -144,6 +185,9 @@ class Expert:
 
     sources: Mapping[str, Source] = field(default_factory=dict)
     """Mixture of Stage II for this expert."""
+    union_of: tuple[str, ...] = ()
+    """Experts on whose mixtures together it trains instead, at the sum of their budgets; it is not merged. `[all]`: on
+    those of `experts`, or where these name no other, on all that there are."""
     merge_weight: float = 1.0
     """λ of Eq. 14; the weights of the experts that are merged are scaled to sum to 1."""
 
@@ -153,9 +197,12 @@ class Cache:
     """Precomputed teacher targets."""
 
     top_k: int = 32
-    """Log-probabilities kept per position, beside the mass of the tail (paper: 256)."""
+    """k: log-probabilities kept per position, beside the tail's mass (paper: 256); or tokens drawn."""
+    sampler: Literal["auto", "topk", "random", "hybrid"] = "auto"
+    """The k likeliest tokens; k draws from the teacher, each weighted by its count (unbiased); or half of each, where
+    the draws are from the tail. What is drawn is for `distill.loss=random`; `auto`: hybrid for it, topk for others."""
     micro_batch: int = 4
-    """Sequences per teacher forward."""
+    """Sequences per teacher forward on one rank."""
     chunk: int = 512
     """Positions whose logits exist at one time."""
     max_samples: int = 0
@@ -231,6 +278,10 @@ class Align(Training):
     schedule: Literal["cosine", "constant"] = "cosine"
 
 
+SAMPLERS = {"topk_tail": ("topk",), "topk": ("topk",), "random": ("random", "hybrid")}
+"""`distill.loss` → each `cache.sampler` whose targets it can read."""
+
+
 @dataclass(frozen=True)
 class Distill(Training):
     """Stage II (paper §3.2, Eq. 13). Defaults: the paper's for Llama."""
@@ -245,20 +296,50 @@ class Distill(Training):
     """Peak learning rate of the mixers' own parameters (feature maps, gates); 0: `lr`."""
     targets: Literal["cached", "online"] = "cached"
     """Teacher targets from the `cache` job, or from the teacher beside the student."""
-    loss: Literal["full", "topk_tail", "topk"] = "topk_tail"
-    """KL over the vocabulary (online only), over top-k and a tail bucket, or over renormalised top-k (the paper)."""
+    loss: Literal["auto", "full", "topk_tail", "topk", "random"] = "auto"
+    """KL over the vocabulary (online only), over top-k and a tail bucket, over renormalised top-k (the paper), or from
+    sampled tokens (cached only). `auto`: full online; cached random, or topk_tail for what random cannot."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """KL(teacher ‖ student), KL(student ‖ teacher) or their Jensen-Shannon mean, over what `loss` names."""
+    temperature: float = 1.0
+    """Of teacher and student in the KL, which then counts T² fold; 1 with cached targets, unless `loss=topk`."""
     gamma: float = 0.9
-    """Weight of the cross-entropy."""
+    """Weight of the cross-entropy; for `student=distil_xlstm` at the start: it gets what the KL loses."""
     beta: float = 0.1
-    """Weight of KL(teacher ‖ student)."""
+    """Weight of the KL; for `student=distil_xlstm` at the start."""
+    beta_end: float = 0.5
+    """distil_xlstm: what `beta` tends to, by v_k = end + (start − end)/(1 + ln(1 + k)) at step k."""
+    temperature_end: float = 1.0
+    """distil_xlstm: what `temperature` tends to, by the same law."""
+    hidden: float = 0.1
+    """distil_xlstm: weight of the distance between its last hidden states and the mean of the teacher's layers."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Stage III (paper Eq. 14)."""
+    """Stage III (paper Eq. 14; formulas: xlstm_distill/merge/methods.py)."""
 
-    method: Literal["linear"] = "linear"
-    """Weighted mean of all parameters."""
+    method: Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"] = "linear"
+    """Weighted mean of all parameters; the others add to the initial student what they make of the experts' steps away
+    from it."""
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Expert → part → its weight there instead of `merge_weight`: `gates`, `feature_maps`, `projections`, `mlp`,
+    `norms`, `embeddings`, or layers from 0 (`7`, `0-9`); a kind wins over layers."""
+    density: float = 0.2
+    """Share of each task vector that ties and dare keep: the largest, or drawn ones."""
+    scale: float = 1.0
+    """Factor of the merged task vector; `linear` has none."""
+    search: int = 0
+    """Choose λ by held-out KL among its multiples of 1/`search` (4 experts and 4: 35 of them); 0: take the weights."""
+    methods: tuple[str, ...] = ()
+    """Methods that the search tries; empty: `method`."""
+    tasks: tuple[str, ...] = ()
+    """Tasks that the search scores besides the KL; their mean then comes first."""
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """The methods that may be used."""
+        return (self.search and self.methods) or (self.method,)
 
 
 @dataclass(frozen=True)
@@ -266,13 +347,29 @@ class Eval:
     """Scores of teacher, students, experts and merge."""
 
     tasks: tuple[str, ...] = ()
-    """lm-eval tasks; names of our own local tasks included."""
+    """lm-eval tasks; names of our own local tasks included (`local_cloze`: one for each source)."""
+    shots: Mapping[str, int] = field(default_factory=dict)
+    """Task → examples before each question; what is not named has as many as lm-eval gives it."""
+    max_new_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Task → tokens that an answer may have; what is not named: as lm-eval has it."""
+    chat: bool = False
+    """Whether lm-eval's tasks are asked under the chat template, examples as turns. Local tasks never are."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of the prompts of needle tasks, and the longest of `positions`; empty: half a window, doubled up to
+    `data.sequence`."""
+    allow_code_execution: Literal[False, True, "unconfined"] = False
+    """Whether programs that a model writes are run, in a sandbox; `unconfined`: also where the kernel gives no
+    namespaces, so with the network and the user's files."""
+    texts: Mapping[str, Source] = field(default_factory=dict)
+    """What the tasks ask, to be looked for in the training data by `tokenize`."""
     limit: int = 0
     """At most this many items per task; 0: all."""
     samples: int = 64
     """Held-out sequences per source for KL and perplexity."""
     batch: int = 8
     """Sequences or requests per forward."""
+    domains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Domain → tasks that the report sums up under it, where their names do not tell (`evaluate/domains.py`)."""
     models: tuple[str, ...] = ()
     """Of `teacher`, `window`, `aligned`, `merged` and the experts' names; empty: all that the run has."""
 
@@ -312,7 +409,7 @@ class Placement:
     time: str = "04:00:00"
     """Limit of one array element, in Slurm's notation."""
     partition: str = ""
-    """Partition; empty: the cluster's."""
+    """Partition; empty: that of `cluster.sbatch`."""
     segments: int = 1
     """Time segments of a training job, run one after another (`--array=0-(S-1)%1`)."""
 
@@ -321,22 +418,27 @@ class Placement:
 class Cluster:
     """Where jobs run."""
 
-    kind: Literal["auto", "local", "slurm"] = "auto"
-    """`auto`: slurm where `sbatch` is found and `scontrol ping` answers within 2 s, else local."""
-    account: str = ""
-    """Slurm account."""
-    partition: str = ""
-    """Slurm partition."""
-    qos: str = ""
-    """Slurm quality of service."""
-    constraint: str = ""
-    """Node features."""
-    gpu_flag: Literal["gpus-per-node", "gres"] = "gpus-per-node"
+    kind: Literal["auto", "local", "slurm", "submitit"] = "auto"
+    """`auto`: slurm where `sbatch` is found and `scontrol ping` answers within 2 s, else local; `submitit`: Slurm
+    through submitit."""
+    sbatch: Mapping[str, str] = field(default_factory=dict)
+    """Any option of sbatch by its long name: account, partition, qos, constraint, exclude, reservation, …; an empty
+    value gives the bare option (`exclusive`)."""
+    gpu_flag: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
     """How the site wants GPUs to be asked for."""
+    gpu: str = "h100"
+    """Kind of the GPUs, with its GB where there are several (`a100-40`): plans take memory and speed from it."""
     signal_seconds: int = 120
-    """Seconds before the time limit at which Slurm sends USR2."""
+    """Seconds before the time limit at which Slurm sends USR2, until the job has measured what a stop takes."""
     setup: tuple[str, ...] = ()
     """Shell lines run before a job starts (module load …)."""
+    container: Literal["none", "pyxis", "apptainer"] = "none"
+    """What the ranks run in; the image's `python3` takes the place of this interpreter."""
+    image: str = ""
+    """Image of the container: a file, or what pyxis takes (`nvcr.io#nvidia/pytorch:25.09-py3`)."""
+    scratch: str = ""
+    """Folder on each node's own disk for TMPDIR and compiler caches, removed when the ranks have ended (not after a
+    kill); empty: none."""
     stages: Mapping[str, Placement] = field(default_factory=dict)
     """Placement of each stage."""
 
@@ -389,6 +491,32 @@ class Config:
         """Every source of the run by name: Stage I's mixture and the selected experts'."""
         mixtures = [self.data.sources, *(self.expert[name].sources for name in self.experts)]
         return {name: source for mixture in mixtures for name, source in mixture.items()}
+
+    @property
+    def specialists(self) -> tuple[str, ...]:
+        """The experts that are merged: those that are no union of others."""
+        return tuple(name for name in self.experts if not self.expert[name].union_of)
+
+    def distill_of(self, expert: str) -> Distill:
+        """Stage II of one expert, its loss worked out; a union's budget is the sum of its experts'."""
+        tokens = self.distill.tokens * max(1, len(self.expert[expert].union_of))
+        return replace(self.distill, tokens=tokens, loss=self.loss)
+
+    @property
+    def loss(self) -> Literal["full", "topk_tail", "topk", "random"]:
+        """`distill.loss`, worked out."""
+        if self.distill.loss != "auto":
+            return self.distill.loss
+        if self.distill.targets == "online":
+            return "full"
+        return "topk_tail" if self.cache.sampler == "topk" or self.distill.divergence != "forward" else "random"
+
+    @property
+    def sampler(self) -> Literal["topk", "random", "hybrid"]:
+        """`cache.sampler`, worked out."""
+        if self.cache.sampler != "auto":
+            return self.cache.sampler
+        return "hybrid" if self.loss == "random" else "topk"
 
 
 def build(cls: type, raw: Any, key: str = "") -> Any:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import yaml
 
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.files import write_json
-from xlstm_distill.contract.job import Job, plain
+from xlstm_distill.contract.files import read_yaml, write_json
+from xlstm_distill.contract.job import UNFINISHED, Job, plain
 from xlstm_distill.contract.manifest import Manifest, read_manifest, verify_outputs
 
 TRAINING = ("align", "distill")
@@ -85,7 +85,7 @@ def recorded_identity(path: Path) -> dict[str, Any] | None:
     if not begun(path):
         return None
     try:
-        raw = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        raw = read_yaml((path / "config.yaml").read_text(encoding="utf-8"))
         return dict(raw["job"]["identity"] or {})
     except FileNotFoundError:
         return None
@@ -123,6 +123,7 @@ def prepare(path: Path, job: Job) -> State:
     state = state_of(path, job)
     if state.done:
         return state
+    (path / UNFINISHED).unlink(missing_ok=True)
     digests = {}
     for name in job.inputs:
         upstream = read_manifest(path.parent / name / "manifest.json")

@@ -1,89 +1,147 @@
-"""Sparse teacher targets of one sample ↔ bytes. Pure: numpy and xxhash only.
+"""Sparse teacher targets of one sample ↔ bytes. Pure: numpy, xxhash and, from the first call, numba only.
 
-Layout, little-endian: a header of 28 bytes (magic `XDLT`, version u16, width of an id in bytes u16, T u32, k u32,
-vocabulary u32, xxh64 of header and payload u64), then ids [T, k] (uint16 up to a vocabulary of 65,536, else uint32),
-log-probabilities float16 [T, k], log of the tail's mass float16 [T]. At k = 32 that is 130 bytes per token.
+A sample is decoded on its own, with the prior that it was written with (`prior.py`: shared by all samples of a teacher,
+one small file) or, where it was written without one, by itself. Each row is coded as a change of an earlier row of the
+sample that it resembles (`rows.py`), by range ANS (`rans.py`).
 
-float16 keeps 11 significant bits: a log-probability l in [−65504, −2⁻¹⁴] comes back within |l|·2⁻¹¹, one nearer to zero
-within 2⁻²⁵; −inf (an empty tail) is kept. Below −65504, where probability means nothing, it becomes −65504.
+Layout, little-endian: magic `XDLT`, version u16, steps u16 (highest bit: rows differ in length), T u32, k u32,
+vocabulary u32, digest of the prior u64 (0: none), xxh64 of all other bytes u64; then words u32 of the coder.
+
+What comes back:
+- ids exactly, as a set with their values: in order of falling log-probability, in any order among equal ones;
+- log-probabilities and tail within the bound of `grid.py`, probability zero exactly. The sum of a row is 1 only within
+  that bound: normalise over k + 1;
+- where a row has entries of log-probability −inf (padding), they stand at its end with id 0.
+
+Damage of any kind is noticed, by the checksum. Bytes that were forged with a right checksum are refused or give ids and
+values in range, in no more memory than targets of their length can take; only there may an id stand twice in a row.
 """
 
 import struct
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-VERSION = 1
+from xlstm_distill.data.events import STATES
+from xlstm_distill.data.grid import CodecError
+from xlstm_distill.data.prior import Prior
+
+__all__ = ["HEADER_BYTES", "VERSION", "CodecError", "Prior", "decode", "encode", "prior_of"]
+
+VERSION = 2
 MAGIC = b"XDLT"
-_HEADER = struct.Struct("<4sHHIII")
+_HEADER = struct.Struct("<4sHHIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
-LOWEST = float(np.finfo(np.float16).min)
-
-
-class CodecError(ValueError):
-    """Targets that cannot be written, or bytes that are not targets as this version writes them."""
+_RAGGED = 1 << 15
+MOST_ENTRIES = 1 << 28
+"""Largest T · k."""
+_SYMBOLS_PER_WORD = 350
+"""More no word can hold: a symbol has at most 961 of 1024 slots, so it takes at least 0.0916 bits."""
 
 
 def encode(
-    ids: NDArray[np.integer], log_probs: NDArray[np.floating], tail_log_mass: NDArray[np.floating], vocab_size: int
+    ids: NDArray[np.integer],
+    log_probs: NDArray[np.floating],
+    tail_log_mass: NDArray[np.floating],
+    vocab_size: int,
+    prior: Prior | None = None,
 ) -> bytes:
     """Pack the targets of T positions.
 
     Args:
-        ids: [T, k], tokens, 0 ≤ id < vocab_size.
-        log_probs: [T, k], ≤ 0, −inf allowed.
+        ids: [T, k], tokens, 0 ≤ id < vocab_size, all different in a row; where the log-probability is −inf, anything.
+        log_probs: [T, k], ≤ 0, −inf allowed; written fastest where they fall along a row.
         tail_log_mass: [T], ≤ 0, −inf allowed.
-        vocab_size: V.
+        vocab_size: V, at most 2^24.
+        prior: made for this V and k; None: bytes that need none, a quarter more of them.
 
     Raises:
         CodecError: shapes or values do not fit.
     """
-    if ids.ndim != 2 or log_probs.shape != ids.shape or tail_log_mass.shape != ids.shape[:1]:
-        raise CodecError(f"shapes {ids.shape}, {log_probs.shape}, {tail_log_mass.shape}: expected [T, k], [T, k], [T]")
-    if not 0 < vocab_size < 1 << 32:
-        raise CodecError(f"vocab_size {vocab_size}: expected 1 to {(1 << 32) - 1}")
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-        raise CodecError(f"ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
-    positions, top_k = ids.shape
-    payload = ids.astype(_id_type(vocab_size)).tobytes() + _to_half(log_probs) + _to_half(tail_log_mass)
-    header = _HEADER.pack(MAGIC, VERSION, _id_type(vocab_size).itemsize, positions, top_k, vocab_size)
+    from xlstm_distill.data.quantised import quantised  # here, since numba takes its time to import
+    from xlstm_distill.data.rans import write
+    from xlstm_distill.data.rows_write import describe
+
+    top_k = ids.shape[1] if ids.ndim == 2 else 1
+    used = prior or Prior.flat(vocab_size, top_k)
+    if (used.vocab_size, used.top_k) != (vocab_size, top_k):
+        raise CodecError(
+            f"vocabulary {vocab_size} and k = {top_k}, but the prior was made for {used.vocab_size} and {used.top_k}"
+        )
+    if ids.size > MOST_ENTRIES:
+        raise CodecError(f"{ids.shape} targets: expected at most {MOST_ENTRIES} in a sample")
+    rows = quantised(ids, log_probs, tail_log_mass, vocab_size, used.grid)
+    ragged = bool((rows.counts < top_k).any())
+    events = describe(*rows, top_k.bit_length() if ragged else 0, *used.for_rows)
+    payload = write(events, *used.for_write).astype("<u4").tobytes()
+    steps = used.steps | (_RAGGED if ragged else 0)
+    digest = int(prior.digest, 16) if prior else 0
+    header = _HEADER.pack(MAGIC, VERSION, steps, len(ids), top_k, vocab_size, digest)
     return header + _CHECKSUM.pack(xxhash.xxh64_intdigest(header + payload)) + payload
 
 
-def decode(data: bytes) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+def decode(
+    data: bytes, prior: Prior | None = None
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
     """The targets in `data`: ids int32 [T, k], log-probabilities float32 [T, k], log of the tail's mass float32 [T].
+
+    Args:
+        data: what `encode` made.
+        prior: the one that `encode` had.
+
+    Raises:
+        CodecError: not targets, of another version or prior, cut short, or changed since they were written.
+    """
+    from xlstm_distill.data.rows_read import read, spare_words
+
+    steps, positions, top_k, vocab_size, digest = _header(data)
+    if digest != (prior.digest if prior else _NO_PRIOR):
+        raise CodecError(f"written with the prior {digest}, but {prior.digest if prior else _NO_PRIOR} is given")
+    used = prior or Prior.flat(vocab_size, top_k, steps & ~_RAGGED)
+    if (used.vocab_size, used.top_k, used.steps) != (vocab_size, top_k, steps & ~_RAGGED):
+        raise CodecError("the header contradicts the prior")
+    count = (len(data) - HEADER_BYTES) // 4
+    ragged = top_k.bit_length() if steps & _RAGGED else 0
+    # Each row takes at least two symbols, and one for each entry; or its length, which may be 0, in plain bits.
+    least = positions * (3 + 10 * ragged if ragged else 2 + top_k)
+    if count < 2 * STATES or least > count * _SYMBOLS_PER_WORD or positions * top_k > MOST_ENTRIES:
+        raise CodecError(f"{len(data)} bytes cannot hold T={positions}, k={top_k}")
+    words = np.zeros(count + spare_words(top_k), np.uint32)
+    words[:count] = np.frombuffer(data, "<u4", count, HEADER_BYTES)
+    ids, log_probs = np.empty((positions, top_k), np.int32), np.empty((positions, top_k), np.float32)
+    tails = np.empty(positions, np.float32)
+    arguments: tuple[Any, ...] = (words, ragged, *used.for_read, vocab_size, ids, log_probs, tails)
+    fault = read(*arguments)
+    if fault:
+        raise CodecError(f"the payload contradicts itself (fault {fault})")
+    return ids, log_probs, tails
+
+
+_NO_PRIOR = "none"
+
+
+def prior_of(data: bytes) -> str:
+    """Digest of the prior that `data` was written with; empty where that was none.
 
     Raises:
         CodecError: not targets, of another version, cut short, or changed since they were written.
     """
-    if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
+    digest = str(_header(data)[-1])
+    return "" if digest == _NO_PRIOR else digest
+
+
+def _header(data: bytes) -> tuple[Any, ...]:
+    """Steps, T, k, V and digest of the prior of a sample whose checksum is right."""
+    if len(data) < HEADER_BYTES or bytes(data[:4]) != MAGIC:
         raise CodecError(f"{len(data)} bytes that do not begin with the header of teacher targets")
-    _, version, width, positions, top_k, vocab_size = _HEADER.unpack_from(data)
+    _, version, steps, positions, top_k, vocab_size, digest = _HEADER.unpack_from(data)
     if version != VERSION:
         raise CodecError(f"codec version {version}: this program reads {VERSION}")
-    payload = memoryview(data)[HEADER_BYTES:]
-    digest = xxhash.xxh64(data[: _HEADER.size])
-    digest.update(payload)
-    if digest.intdigest() != _CHECKSUM.unpack_from(data, _HEADER.size)[0]:
+    checksum = xxhash.xxh64(data[: _HEADER.size])
+    checksum.update(memoryview(data)[HEADER_BYTES:])
+    if checksum.intdigest() != _CHECKSUM.unpack_from(data, _HEADER.size)[0] or len(data) % 4:
         raise CodecError("checksum differs: the bytes were damaged or cut short")
-    id_type, count = _id_type(vocab_size), positions * top_k
-    if width != id_type.itemsize or len(payload) != count * (width + 2) + positions * 2:
-        raise CodecError(f"{len(payload)} bytes of payload do not fit T={positions}, k={top_k}, ids of {width} bytes")
-    ids = np.frombuffer(payload, id_type, count).astype(np.int32).reshape(positions, top_k)
-    halves = np.frombuffer(payload, "<f2", count + positions, count * width).astype(np.float32)
-    return ids, halves[:count].reshape(positions, top_k), halves[count:]
-
-
-def _id_type(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def _to_half(log_values: NDArray[np.floating]) -> bytes:
-    """float16 bytes; rejects what no probability has."""
-    values = np.asarray(log_values, np.float32)
-    if np.isnan(values).any() or (values > 1e-3).any():
-        raise CodecError("log-probabilities above 0 or NaN")
-    finite = np.where(np.isneginf(values), values, np.clip(values, LOWEST, 0.0))
-    return finite.astype("<f2").tobytes()
+    return steps, positions, top_k, vocab_size, f"{digest:016x}" if digest else _NO_PRIOR

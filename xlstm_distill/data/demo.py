@@ -1,4 +1,5 @@
-"""Text made on this machine for the demonstration: worked mathematics of reasoning-gym, and Python's standard library.
+"""Text made on this machine for the demonstration: worked mathematics of reasoning-gym, Python's standard library, and
+the language reference that comes with it.
 
 Deterministic: seeds are fixed and files sorted, so one version of Python and of reasoning-gym gives one text.
 """
@@ -10,17 +11,17 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import xxhash
 
 from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.schema import DEMO_DOCUMENTS
 
-DOCUMENTS = {"math": 1150, "code": 150}
-"""Documents unless `limit` says otherwise: about 135,000 tokens of SmolLM2's each."""
 MATH_SEED = 20260
-CODE_CHARACTERS = 4000
-"""Length at which a module is cut, between two top-level statements."""
+STRETCH_CHARACTERS = 4000
+"""Length at which a module is cut, between two top-level statements, and prose between two paragraphs."""
 SKIPPED = {
     "__pycache__", "_vendor", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3",
     "pydoc_data", "site-packages", "test", "tests", "turtledemo",
@@ -36,15 +37,16 @@ def documents(kind: str, limit: int = 0) -> Iterator[str]:
     """Texts of the demo source `kind`.
 
     Args:
-        kind: `math` or `code`.
-        limit: at most so many; 0: `DOCUMENTS`.
+        kind: `math`, `code` or `prose`.
+        limit: at most so many; 0: `DEMO_DOCUMENTS`.
 
     Raises:
         Mistake: no such source, or reasoning-gym is not installed.
     """
-    if kind not in DOCUMENTS:
-        raise Mistake(f"demo source {kind}: expected {' or '.join(DOCUMENTS)}")
-    return itertools.islice(math_documents() if kind == "math" else code_documents(), limit or DOCUMENTS[kind])
+    if kind not in DEMO_DOCUMENTS:
+        raise Mistake(f"demo source {kind}: expected {', '.join(DEMO_DOCUMENTS)}")
+    made = {"math": math_documents, "code": code_documents, "prose": prose_documents}[kind]()
+    return itertools.islice(made, limit or DEMO_DOCUMENTS[kind])
 
 
 def code_documents(root: Path | None = None) -> Iterator[str]:
@@ -71,8 +73,27 @@ def code_documents(root: Path | None = None) -> Iterator[str]:
                 yield text
 
 
+def prose_documents() -> Iterator[str]:
+    """Stretches of Python's language reference as `help()` has it. Its topics repeat each other's paragraphs: each
+    stands once, so that no held-out text was trained on."""
+    by_hash = sorted(topics, key=lambda topic: xxhash.xxh64_intdigest(topic.encode()))
+    seen: set[str] = set()
+    for topic in by_hash:
+        text = ""
+        for paragraph in topics[topic].split("\n\n"):
+            if paragraph.strip() in seen:
+                continue
+            seen.add(paragraph.strip())
+            if text and len(text) + len(paragraph) > STRETCH_CHARACTERS:
+                yield text
+                text = ""
+            text += paragraph.strip("\n") + "\n\n"
+        if len(text) > STRETCH_CHARACTERS // 4:
+            yield text
+
+
 def _stretches(file: Path) -> list[str]:
-    """Runs of whole top-level statements of about `CODE_CHARACTERS`; much shorter and longer ones are left out."""
+    """Runs of whole top-level statements of about `STRETCH_CHARACTERS`; much shorter and longer ones are left out."""
     source = file.read_text(encoding="utf-8", errors="replace")
     if OTHER_TERMS.search(source[:3000]):
         return []
@@ -84,14 +105,14 @@ def _stretches(file: Path) -> list[str]:
     pieces = ["".join(lines[a:b]) for a, b in zip([0, *starts[1:]], [*starts[1:], len(lines)], strict=True)]
     found, text = [], ""
     for piece in pieces:
-        if text and len(text) + len(piece) > CODE_CHARACTERS:
+        if text and len(text) + len(piece) > STRETCH_CHARACTERS:
             found.append(text)
             text = ""
         text += piece
     return [
         stretch.strip() + "\n"
         for stretch in [*found, text]
-        if CODE_CHARACTERS // 4 <= len(stretch) <= 2 * CODE_CHARACTERS
+        if STRETCH_CHARACTERS // 4 <= len(stretch) <= 2 * STRETCH_CHARACTERS
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.data.remote import checked
 from xlstm_distill.data.shards import import_streaming, read_index
 
 HASH = "xxh64"
@@ -41,16 +42,20 @@ class Shards:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        reader = self._readers.get(shard)
-        if reader is None:
-            reader = self._readers[shard] = self._open(shard)
-        return dict(reader.get_item(number - int(self._ends[shard] - self.sizes[shard])))
+        place = number - int(self._ends[shard] - self.sizes[shard])
+        if shard not in self._readers:
+            self._readers[shard] = self._open(shard)
+        try:
+            return dict(self._readers[shard].get_item(place))
+        except FileNotFoundError:  # it was there when it was opened: unpack it anew, or name it
+            self._readers[shard] = self._open(shard)
+            return dict(self._readers[shard].get_item(place))
 
     def _open(self, shard: int) -> Any:
         from streaming.base.format import reader_from_json
 
         info = self.index[shard]
-        file = self._unpacked(info) if info["zip_data"] else self.folder / info["raw_data"]["basename"]
+        file = self._unpacked(info) if info["zip_data"] else self._file(info["raw_data"])
         if not info["zip_data"]:
             _verified(file, info["raw_data"])
         info = {**info, "raw_data": {**info["raw_data"], "basename": file.name}}
@@ -63,17 +68,21 @@ class Shards:
         file = self._unpack_folder / f"{_hash(self.folder, raw)}.mds"
         if file.exists():
             try:
-                _verified(file, raw)
+                _verified(file, raw, ask=False)
                 return file
             except Mistake:
                 pass  # cut short by a crash of the machine: unpack it again
         from streaming.base.compression import decompress
 
-        packed = _verified(self.folder / info["zip_data"]["basename"], info["zip_data"])
+        packed = _verified(self._file(info["zip_data"]), info["zip_data"])
         beside = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}.tmp")
         beside.write_bytes(decompress(info["compression"], packed))
         beside.replace(file)
         return file
+
+    def _file(self, info: Mapping[str, Any]) -> Path:
+        """Where a file of the index lies; of a source in parts, in the folder of one."""
+        return Path(os.path.normpath(self.folder / info["basename"]))
 
     @cached_property
     def _unpack_folder(self) -> Path:
@@ -91,18 +100,33 @@ class Shards:
         return own
 
 
-def _verified(file: Path, info: Mapping[str, Any]) -> bytes:
-    """The bytes of a shard's file when they are those that were written."""
+def _verified(file: Path, info: Mapping[str, Any], ask: bool = True) -> bytes:
+    """The bytes of a shard's file when they are those that were written.
+
+    Args:
+        file: to read.
+        info: its part of the index.
+        ask: whether to fetch it (again) where there is a remote, which has no unpacked ones.
+
+    Raises:
+        Mistake: it is missing or damaged.
+    """
     from streaming.base.hashing import get_hash
 
-    expected = _hash(file.parent, info)
-    advice = f"copy the shards anew, or remove {file.parent.parent} and launch again to make them anew"
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError:
-        raise Mistake(f"{file}: missing shard; {advice}") from None
-    if len(data) != info["bytes"] or get_hash(HASH, data) != expected:
-        raise Mistake(f"{file}: damaged shard ({HASH} or size differs from index.json); {advice}")
+    expected, data = _hash(file.parent, info), b""
+
+    def problem() -> str:
+        nonlocal data
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            return "missing shard"
+        right = len(data) == info["bytes"] and get_hash(HASH, data) == expected
+        return "" if right else f"damaged shard ({HASH} or size differs from index.json)"
+
+    if wrong := checked(file, problem) if ask else problem():
+        advice = f"copy the shards anew, or remove {file.parent.parent} and launch again to make them anew"
+        raise Mistake(f"{file}: {wrong}; {advice}")
     return data
 
 

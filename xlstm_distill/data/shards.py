@@ -1,4 +1,4 @@
-"""Token shards on disk: MDS folders of samples of T + 1 tokens, and the note that says whose targets they carry.
+"""Token shards on disk: MDS folders of samples of T + 1 tokens.
 
 Columns: `tokens` and `document` int32 [T + 1], `mask` uint8 [T + 1]; with teacher targets also `targets`, the bytes of
 `codec.encode` for T positions.
@@ -6,8 +6,8 @@ Columns: `tokens` and `document` int32 [T + 1], `mask` uint8 [T + 1]; with teach
 
 import json
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import write_json
+from xlstm_distill.contract.job import JobFolder
+from xlstm_distill.data.remote import bring, is_remote, mirror
 
 HASHES = ["sha1", "xxh64"]
 """Kept for every shard; readers check the second."""
 COMPRESSION = "zstd:3"
-TARGETS_NOTE = "targets.json"
-"""Name of the note beside the shards of a split."""
+TOKENS_NOTE = "tokens.json"
+"""Name of the note beside the splits of a source."""
 
 
 def import_streaming() -> ModuleType:
@@ -56,8 +58,8 @@ def shard_writer(
         folder: made by the writer.
         sequence: T.
         shard_bytes: size at which a shard is closed, before compression.
-        targets: whether samples carry `targets`. Then nothing is compressed: log-probabilities in float16 hardly
-            shrink, and uncompressed shards are read in place.
+        targets: whether samples carry `targets`. Then nothing is compressed: the codec leaves nothing to gain, and
+            uncompressed shards are read in place.
     """
     import_streaming()
     from streaming import MDSWriter
@@ -82,6 +84,17 @@ def sample(tokens: NDArray[Any], mask: NDArray[Any], document: NDArray[Any]) -> 
     }
 
 
+def join_parts(folder: Path, parts: Sequence[str], split: str) -> None:
+    """Make `folder/split` the MDS folder of all samples of `folder/PART/split`, in their order; nothing is copied."""
+    shards = []
+    for part in parts:
+        for shard in read_index(folder / part / split):
+            files = {key: shard[key] for key in ("raw_data", "zip_data") if shard.get(key)}
+            moved = {key: {**f, "basename": f"../{part}/{split}/{f['basename']}"} for key, f in files.items()}
+            shards.append({**shard, **moved})
+    write_json(folder / split / "index.json", {"version": 2, "shards": shards})
+
+
 def read_index(folder: Path) -> list[dict[str, Any]]:
     """The shards that the MDS folder's `index.json` lists.
 
@@ -89,6 +102,7 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
         Mistake: there is no index, or none that can be read.
     """
     path = folder / "index.json"
+    bring(path)
     try:
         return list(json.loads(path.read_text(encoding="utf-8"))["shards"])
     except FileNotFoundError as error:
@@ -121,33 +135,50 @@ def sequence_of(folder: Path) -> int:
     raise Mistake(f"{folder}: holds no samples; give its source more documents")
 
 
-def write_targets_note(folder: Path, note: Mapping[str, Any]) -> None:
-    """Write down whose targets the shards in `folder` carry: teacher, tokenizer, top_k, codec, …"""
-    write_json(folder / TARGETS_NOTE, dict(note))
+def write_tokens_note(folder: Path, tokenizer: str) -> None:
+    """Write down by which tokenizer (its hash) the tokens of the source in `folder` were made."""
+    write_json(folder / TOKENS_NOTE, {"tokenizer": tokenizer})
 
 
-def check_targets(folder: Path, expected: Mapping[str, Any]) -> None:
-    """Refuse targets of another teacher, tokenizer, top-k or codec.
-
-    Args:
-        folder: one split of one source, with teacher targets.
-        expected: what its note has to say, key by key; the codec's version is checked besides.
+def token_folder(folder: JobFolder) -> Path:
+    """Where a job's token shards are: those of the `tokenize` job, or `data.shards`, of which a remote one is mirrored
+    in the run folder.
 
     Raises:
-        Mistake: there are no targets, or one value differs; the line shows both.
+        Mistake: `data.shards` was made by another tokenizer than the teacher's, or its store does not answer.
     """
-    from xlstm_distill.data.codec import VERSION
+    shards = folder.config.data.shards
+    if not shards:
+        return folder.input("tokenize")
+    root = mirror(shards, folder.path.parents[1] / "shards") if is_remote(shards) else Path(shards)
+    for name in folder.config.sources:
+        for split in ("train", "validation"):
+            bring(root / name / split / "index.json")
+        with suppress(Mistake):  # it may not be there: see _check_tokenizer
+            bring(root / name / TOKENS_NOTE, tries=1)
+        _check_tokenizer(root / name, folder.input("fetch") / "teacher.json")
+    return root
 
-    path = folder / TARGETS_NOTE
+
+def _check_tokenizer(folder: Path, teacher: Path) -> None:
+    """Refuse a source's tokens when they were made by another tokenizer than the one of the fetched teacher."""
+    path = folder / TOKENS_NOTE
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Mistake(f"{folder}: holds no teacher targets (no {TARGETS_NOTE}); run stage=cache") from error
-    except ValueError as error:
-        raise Mistake(f"{path}: damaged, not JSON; remove {folder.parent} and launch again") from error
-    for key, value in {"codec": VERSION, **expected}.items():
-        if note.get(key) != value:
-            raise Mistake(
-                f"{path}: made with {key}={note.get(key)}, this run has {key}={value}; "
-                f"use the settings that they were made with, or cache anew under another --name"
-            )
+        found = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+    except FileNotFoundError:
+        print(f"{folder}: does not say by which tokenizer it was made (no {TOKENS_NOTE}); taken as it is", flush=True)
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        raise Mistake(f"{path}: damaged, not the note of a tokenizer; copy it anew") from error
+    expected = json.loads(teacher.read_text(encoding="utf-8"))["tokenizer"]
+    if found != expected:
+        raise Mistake(
+            f"data.shards: {folder} was made with the tokenizer {found}, this teacher has {expected}; "
+            f"tokenise for this teacher"
+        )
+
+
+def source_folders(folder: JobFolder) -> dict[str, Path]:
+    """Source → folder of its token shards, of all sources of the run that a job belongs to."""
+    root = token_folder(folder)
+    return {source: root / source for source in folder.config.sources}

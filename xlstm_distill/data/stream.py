@@ -7,7 +7,10 @@ Here each rank works out the same order of samples by itself and takes its rows 
 position is one number.
 """
 
+import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,14 @@ from torch import Tensor
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import hash_value
 from xlstm_distill.data.codec import CodecError, decode
+from xlstm_distill.data.priors import prior_for
 from xlstm_distill.data.reader import Shards
 
 SHUFFLE_BLOCK = 1 << 18
 """Samples among which py1e shuffles; bounds how many shards are in use at one time."""
+
+AHEAD, THREADS = 2, 2
+"""Batches that are made while one is in use, and threads that make them. Decoding lets other threads run."""
 
 
 @dataclass
@@ -61,18 +68,15 @@ class Part:
     """Share of the samples."""
 
 
-def collate(samples: Sequence[Mapping[str, Any]], place: Path) -> Batch:
-    """Samples as they come from the shards → a batch; `place` names their folder in errors."""
+def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
+    """Samples in arrays (see `Split`) → a batch."""
     columns = {
         name: torch.from_numpy(np.stack([s[name] for s in samples]).astype(np.int64))
         for name in ("tokens", "mask", "document")
     }
     targets = None
     if all("targets" in s for s in samples):
-        try:
-            ids, log_probs, tail = zip(*(decode(s["targets"]) for s in samples), strict=True)
-        except CodecError as error:
-            raise Mistake(f"{place}: damaged teacher targets ({error}); run stage=cache again") from error
+        ids, log_probs, tail = zip(*(s["targets"] for s in samples), strict=True)
         targets = (
             torch.from_numpy(np.stack(ids).astype(np.int64)),
             torch.from_numpy(np.stack(log_probs)),
@@ -81,17 +85,38 @@ def collate(samples: Sequence[Mapping[str, Any]], place: Path) -> Batch:
     return Batch(columns["tokens"], columns["mask"].bool(), columns["document"], targets)
 
 
+class Split(Shards):
+    """`Shards` of one split of a source, their targets decoded; several threads may read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._lock = threading.Lock()
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        with self._lock:
+            sample = super().__getitem__(number)
+        if "targets" in sample:  # outside of the lock: this is what takes time
+            data = sample["targets"]
+            try:
+                sample["targets"] = decode(data, prior_for(data, self.folder.parent))
+            except CodecError as error:
+                raise Mistake(
+                    f"{self.folder}: damaged teacher targets in sample {number} ({error}); run stage=cache again"
+                ) from error
+        return sample
+
+
 def read_samples(folder: Path, count: int, first: int = 0) -> Batch:
     """Samples `first` … `first + count − 1` of an MDS folder in order, or as many as there are.
 
     Raises:
         Mistake: there are none, or a shard is missing or damaged.
     """
-    shards = Shards(folder)
-    numbers = range(first, min(first + count, len(shards)))
+    samples = Split(folder)
+    numbers = range(first, min(first + count, len(samples)))
     if not numbers:
-        raise Mistake(f"{folder}: holds {len(shards)} samples; asked for {count} from number {first} on")
-    return collate([shards[n] for n in numbers], folder)
+        raise Mistake(f"{folder}: holds {len(samples)} samples; asked for {count} from number {first} on")
+    return collate([samples[n] for n in numbers])
 
 
 class SampleStream:
@@ -99,6 +124,9 @@ class SampleStream:
 
     An epoch draws as many samples as the parts hold together, each part by its weight (repeated or cut, newly chosen
     each epoch), shuffled by streaming's py1e; batches run on across epochs, so none is short.
+
+    The next batches are read, decoded and put together by threads while the last one is in use. The position counts
+    what was handed out, so a checkpoint knows nothing of them; what goes wrong in one is raised when its turn comes.
 
     Args:
         parts: the mixture; weights are scaled to sum to 1.
@@ -118,14 +146,17 @@ class SampleStream:
         self.parts = [part for part in parts if part.weight > 0]
         if not self.parts:
             raise Mistake("the mixture is empty; give at least one source a weight above 0")
-        self.shards = [Shards(part.folder) for part in self.parts]
+        self.shards = [Split(part.folder) for part in self.parts]
         lengths = {part.folder: self._columns(shards) for part, shards in zip(self.parts, self.shards, strict=True)}
         if len(set(lengths.values())) > 1:
             folders = [str(folder) for folder in lengths]
             raise Mistake(f"{' and '.join(folders)}: samples differ in length or columns; tokenise them alike")
         self.mixture = _mixture(self.parts, self.shards, seed)
         self.position = 0
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._lock = threading.Lock()
+        self._ahead: deque[Future[Batch]] = deque()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="samples")
 
     @staticmethod
     def _columns(shards: Shards) -> tuple[Any, ...]:
@@ -141,10 +172,22 @@ class SampleStream:
         return self
 
     def __next__(self) -> Batch:
-        first, end = (self.position + r * self.batch // self.world for r in (self.rank, self.rank + 1))
-        places = [self._place(number) for number in range(first, end)]
+        while len(self._ahead) <= AHEAD:
+            position = self.position + len(self._ahead) * self.batch
+            self._ahead.append(self._threads.submit(self._read, position))
+        try:
+            batch = self._ahead.popleft().result()
+        except BaseException:
+            self._ahead.clear()  # they begin after the position that was not handed out
+            raise
         self.position += self.batch
-        return collate([self.shards[part][index] for part, index in places], self.parts[0].folder)
+        return batch
+
+    def _read(self, position: int) -> Batch:
+        """This rank's share of the global batch at `position`."""
+        first, end = (position + r * self.batch // self.world for r in (self.rank, self.rank + 1))
+        places = [self._place(number) for number in range(first, end)]
+        return collate([self.shards[part][index] for part, index in places])
 
     def describe(self, step: int) -> str:
         """The samples of the global batch of `step` (from 0), for messages: `FOLDER: 3 7 …`, numbers within it."""
@@ -157,9 +200,11 @@ class SampleStream:
     def _place(self, number: int) -> tuple[int, int]:
         """Part, and sample of it, of the mixture's sample `number`."""
         epoch, offset = divmod(number, self.mixture.epoch_size)
-        if self._order[0] != epoch:
-            self._order = (epoch, self.mixture.order(epoch))
-        chosen = int(self._order[1][offset])
+        with self._lock:
+            if epoch not in self._orders:
+                kept = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
+                self._orders = kept | {epoch: self.mixture.order(epoch)}
+            chosen = int(self._orders[epoch][offset])
         part = int(np.searchsorted(self.mixture.ends, chosen, side="right"))
         return part, chosen - int(self.mixture.ends[part]) + len(self.shards[part])
 
@@ -179,6 +224,7 @@ class SampleStream:
                     f"checkpoint's data position: {key} was {state.get(key)} and is {here} now; use another --name"
                 )
         self.position = int(state["position"])
+        self._ahead.clear()
 
     def _counts_in(self) -> dict[str, Any]:
         total = sum(part.weight for part in self.parts)

@@ -1,89 +1,39 @@
 """Stage `tokenize`: documents → token shards, packed to samples of T + 1 tokens, with a held-out split."""
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import folder_atomic
 from xlstm_distill.contract.job import JobFolder, World
-from xlstm_distill.contract.schema import Data
-from xlstm_distill.data.encode import Encoded, encode_documents
-from xlstm_distill.data.shards import import_streaming, sample, shard_writer
+from xlstm_distill.contract.schema import Config, Data
+from xlstm_distill.data.encode import Encoder, encode_documents
+from xlstm_distill.data.fetch_teacher import tokenizer_hash
+from xlstm_distill.data.packing import Budget, Packer
+from xlstm_distill.data.shards import (
+    count_samples,
+    import_streaming,
+    join_parts,
+    shard_writer,
+    write_tokens_note,
+)
+from xlstm_distill.data.sieve import Sieve, make_sieve
 from xlstm_distill.data.sources import Documents, open_source
 from xlstm_distill.runtime.metrics import Metrics
 from xlstm_distill.runtime.stop import StopFlag
 
 SPLITS = ("train", "validation")
-
-
-class Writer(Protocol):
-    """What takes samples."""
-
-    def write(self, sample: dict[str, Any]) -> None: ...
-
-
-class Packer:
-    """One stream of documents → samples of T + 1 tokens that overlap by one, so that each token is predicted once.
-
-    Sample i holds the tokens iT … iT + T. Nothing is dropped in between; what is left at the end is `remainder`.
-
-    Args:
-        writer: takes the samples.
-        sequence: T.
-    """
-
-    def __init__(self, writer: Writer, sequence: int) -> None:
-        self.writer, self.sequence = writer, sequence
-        self.documents = self.tokens = self.samples = 0
-        self._parts: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
-        self._pending = 0
-
-    def add(self, document: Encoded) -> None:
-        """Append a document."""
-        count = len(document.tokens)
-        self._parts.append((document.tokens, document.mask, np.full(count, self.documents, np.int32)))
-        self._pending += count
-        self.tokens += count
-        self.documents += 1
-        if self._pending > self.sequence:
-            self._write()
-
-    def _write(self) -> None:
-        columns = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
-        start = 0
-        for start in range(0, self._pending - self.sequence, self.sequence):
-            self.writer.write(sample(*(c[start : start + self.sequence + 1] for c in columns)))
-            self.samples += 1
-        kept = start + self.sequence
-        self._parts = [(columns[0][kept:], columns[1][kept:], columns[2][kept:])]
-        self._pending -= kept
-
-    @property
-    def remainder(self) -> int:
-        """Tokens at the end that no sample predicts (yet)."""
-        return max(0, self.tokens - 1 - self.samples * self.sequence)
-
-    def facts(self) -> dict[str, int]:
-        """What was counted."""
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "samples": self.samples,
-            "remainder": self.remainder,
-        }
+LEFT_OUT = ("empty", "unanswered", "dropped")
+"""Counts of documents that were read and not written."""
 
 
 def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
-    """Tokenise this element's sources that are not done yet. Output: `SOURCE/train`, `SOURCE/validation`.
+    """Tokenise this element's pieces that are not done yet. Output: `SOURCE/train`, `SOURCE/validation`.
 
-    Each source is a piece with its own manifest; its facts count documents, tokens, samples and the remainder per
-    split, and empty documents.
+    A piece is a source, or one of its `parts`, in `SOURCE/PART/`, joined by `join_pieces`. Each has a manifest of its
+    own, with the facts of `tokenize_source`.
 
     Raises:
         Mistake: a source cannot be read, or is too small to give both splits a sample.
@@ -94,65 +44,137 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     import_streaming()
     config, fetched = folder.config, folder.input("fetch")
     pieces = folder.my_pieces(world)
-    sources = {name: open_source(name, config.sources[name], fetched) for name in pieces}
-    total = sum(source.expected() for source in sources.values())
+    opened = {piece: _open_piece(piece, config, fetched / "data") for piece in pieces}
+    sieve = make_sieve(config, fetched / "evaluation") if pieces else None
+    encoders: dict[Literal["text", "chat"], Encoder] = {}
+    total, before = sum(documents.expected() for documents in opened.values()), 0
     with Metrics(folder.path, total) as metrics:
-        before = 0
+        for piece, documents in opened.items():
 
-        def on_chunk(seen: int) -> None:
-            metrics.log(min(before + seen, total))
-            stop.check()
+            def on_chunk(mebibytes: int, before: int = before) -> None:
+                metrics.log(min(before + mebibytes, total))
+                stop.check()
 
-        for name, documents in sources.items():
-            with folder_atomic(folder.output / name) as target:
-                facts = tokenize_source(documents, fetched / "teacher", target, config.data, on_chunk)
-            folder.finish(facts, name)
+            form = documents.source.format
+            encoder = encoders.setdefault(form, encoders.get(form) or Encoder(fetched / "teacher", form))
+            with folder_atomic(folder.output / piece) as target:
+                facts = tokenize_source(documents, encoder, target, config.data, sieve, on_chunk)
+                write_tokens_note(target, tokenizer_hash(fetched / "teacher"))
+            folder.finish(facts, piece)
             before += documents.expected()
-            metrics.log(before, {f"tokens/{name}": sum(facts[split]["tokens"] for split in SPLITS)})
+            metrics.log(before, _shown(piece, facts))
     return {}
+
+
+def _open_piece(piece: str, config: Config, fetched: Path) -> Documents:
+    name, _, part = piece.partition("/")
+    return open_source(name, config.sources[name], fetched, int(part or 0))
+
+
+def join_pieces(folder: JobFolder) -> None:
+    """Join the parts of every source; all of them are finished."""
+    for name, source in folder.config.sources.items():
+        if source.parts > 1:
+            for split in SPLITS:
+                join_parts(folder.output / name, [str(part) for part in range(source.parts)], split)
+            write_tokens_note(folder.output / name, tokenizer_hash(folder.input("fetch") / "teacher"))
+
+
+def _shown(name: str, facts: dict[str, Any]) -> dict[str, float]:
+    shown = {f"tokens/{name}": sum(facts[split]["tokens"] for split in SPLITS)}
+    if facts["unanswered"]:
+        shown[f"unanswered/{name}"] = facts["unanswered"]
+    if "overlap" in facts:
+        shown[f"overlap/{name}"] = facts["overlap"]["documents"]
+    return shown
 
 
 def tokenize_source(
     documents: Documents,
-    teacher: Path,
+    encoder: Encoder,
     target: Path,
     settings: Data,
-    on_chunk: Callable[[int], None] = lambda seen: None,
+    sieve: Sieve | None = None,
+    on_chunk: Callable[[int], None] = lambda mebibytes: None,
 ) -> dict[str, Any]:
     """Write one source's shards below `target`.
 
     Args:
         documents: of the source.
-        teacher: HF folder with the tokenizer.
+        encoder: the tokenizer, for the source's format.
         target: gets `train/` and `validation/`.
-        settings: sequence, share of the validation, size of shards, workers.
-        on_chunk: hears the number of documents so far; may raise to stop.
+        settings: sequence, share of the validation, size of shards.
+        sieve: looks for texts of the evaluation.
+        on_chunk: hears how many MiB of the files were read so far; may raise to stop.
 
     Returns:
-        Facts: per split documents, tokens, samples, remainder; `empty`: documents without text.
+        Facts: `documents` that were read; of them `empty`: without text, `unanswered`: chats without a question or an
+        answer, `dropped`: on request alone, see `Sieve`; per split documents, tokens, samples, remainder; `overlap`, if
+        looked for; `stopped_at`: the piece's share of `tokens` if it ended there, else 0.
 
     Raises:
         Mistake: a split has no sample.
     """
-    name, workers = documents.name, settings.workers or len(os.sched_getaffinity(0))
     with ExitStack() as stack:
         packers = {}
         for split in SPLITS:
             writer = stack.enter_context(shard_writer(target / split, settings.sequence, settings.shard_bytes))
             packers[split] = Packer(writer, settings.sequence)
-        chunks = encode_documents(documents, teacher, documents.source.format, workers)
-        seen = 0
-        for chunk in chunks:
+        budget = Budget(documents, packers)
+        packer = packers["train"]
+        for chunk in encode_documents(sieve(documents) if sieve else documents, encoder):
             for document in chunk:
-                packers["validation" if document.draw < settings.validation else "train"].add(document)
-            seen += len(chunk)
-            on_chunk(seen)
-        facts: dict[str, Any] = {split: packer.facts() for split, packer in packers.items()}
-        _check_not_empty(name, facts, settings)
-    return {**facts, "empty": documents.empty}
+                if budget.ends_before(document):
+                    continue
+                if document.first:
+                    packer = packers["validation" if document.draw < settings.validation else "train"]
+                packer.add(document)
+            on_chunk(documents.done)
+        facts: dict[str, Any] = {name: getattr(documents, name) for name in ("documents", "empty", "unanswered")}
+        facts["documents"] -= budget.beyond
+        facts["dropped"] = sieve.dropped if sieve else 0
+        facts |= {split: packer.facts() for split, packer in packers.items()}
+        facts["stopped_at"] = budget.tokens if documents.enough else 0
+        _tell_unanswered(documents)
+        _check_not_empty(documents.name, facts, settings)
+    _check_counts(facts, target, settings.sequence)
+    budget.tell()
+    return {**facts, **(sieve.facts() if sieve else {})}
+
+
+def _tell_unanswered(documents: Documents) -> None:
+    if not documents.unanswered:
+        return
+    roles = ", ".join(map(repr, sorted(documents.roles)[:8]))
+    print(
+        f"source {documents.name}: left out {documents.unanswered} of {documents.documents} documents: chats without a "
+        f"question or an answer of the role assistant{f'; unknown roles: {roles}' if roles else ''}",
+        flush=True,
+    )
+
+
+def _check_counts(facts: dict[str, Any], target: Path, sequence: int) -> None:
+    """Compare what was read with what stands on disk.
+
+    Raises:
+        RuntimeError: they differ: a defect of this program.
+    """
+    counts = {"written": sum(facts[split]["documents"] for split in SPLITS)} | {key: facts[key] for key in LEFT_OUT}
+    if facts["documents"] != sum(counts.values()):
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise RuntimeError(f"{target}: {facts['documents']} documents read, {found}")
+    for split in SPLITS:
+        counts, written = facts[split], count_samples(target / split)
+        if counts["tokens"] != written * sequence + 1 + counts["remainder"]:
+            raise RuntimeError(f"{target / split}: {written} samples of {sequence} were written, of {counts}")
 
 
 def _check_not_empty(name: str, facts: dict[str, Any], settings: Data) -> None:
+    if facts["documents"] == facts["empty"] + facts["unanswered"]:
+        raise Mistake(
+            f"source {name}: holds no documents ({facts['empty']} without text, {facts['unanswered']} chats without an "
+            f"answer); mend its path, field or answer"
+        )
     for split in SPLITS:
         counts = facts[split]
         if counts["samples"]:

@@ -12,11 +12,11 @@ from xlstm_distill.contract.manifest import Manifest
 from xlstm_distill.contract.schema import Source
 from xlstm_distill.evaluate.collect import Measured, Results
 from xlstm_distill.evaluate.exported import Exported
-from xlstm_distill.evaluate.tables import Table, as_markdown, mean_recovery, number, score_cell
+from xlstm_distill.evaluate.kinds import kind_of
+from xlstm_distill.evaluate.tables import Table, as_markdown, number, score_cell
 
 HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "Llama 3.1 Community License": "llama3.1"}
 """Our names of licences → the hub's."""
-PAPER = "[Effective Distillation to Hybrid xLSTM Architectures](https://arxiv.org/abs/2603.15590)"
 ALPHAS = (0.0, 0.05, 0.1)
 """Tolerances at which the card gives the Win-and-Tie rate."""
 SETTINGS = ("align.", "distill.", "merge.", "cache.", "seed", "data.sequence")
@@ -54,22 +54,24 @@ def _front_matter(exported: Exported) -> str:
     fields |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["xlstm", "mlstm", "hybrid", "linear-attention", "distillation", "custom_code"],
+        "tags": list(kind_of(exported.hybrid).tags),
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
 def _introduction(exported: Exported) -> list[str]:
-    hybrid, teacher = exported.hybrid, exported.config.teacher
+    own, teacher = kind_of(exported.hybrid), exported.config.teacher
     linked = f"[{teacher.path}](https://huggingface.co/{teacher.path})" if teacher.source == "hub" else teacher.name
+    name = exported.place.name
     kind = {
         "merged": f"the merge of the experts {', '.join(exported.experts)}",
         "aligned": "aligned to its teacher layer by layer, not yet distilled end to end",
-    }.get(exported.place.name, f"the expert {exported.place.name}")
+    }.get(name, f"the expert {name}")
+    if name in exported.experts and (union := exported.config.expert[name].union_of):
+        kind = f"one student on the mixtures of {', '.join(union)} together"
     return [
-        f"# {teacher.name} as a hybrid xLSTM",
-        f"{linked}, distilled: in every layer an mLSTM beside a sliding window of {hybrid.window} tokens and "
-        f"{hybrid.sinks} attention sinks stands in the place of attention, after {PAPER} (Hauzenberger et al.). "
+        f"# {teacher.name} as {own.name}",
+        f"{linked}, distilled: {own.made}. "
         f"Its time is linear in the length of the input and its memory constant while it writes. This is {kind}; "
         f"{exported.parameters / 1e6:,.1f} M parameters, stored as {exported.dtype}.",
     ]
@@ -95,8 +97,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))"""
     return [
         "## Use",
         f"```python\n{code}\n```",
-        "It needs torch and transformers 5; the modelling code lies in this folder. On GPUs with Triton its kernel "
-        "computes the mLSTM, else torch does (`kernel` in config.json).",
+        kind_of(exported.hybrid).needs,
     ]
 
 
@@ -108,8 +109,8 @@ def _evaluation(exported: Exported) -> list[str]:
     parts = ["## Evaluation"]
     if student.heldout:
         parts += [
-            "KL(teacher ‖ student) in nats per token over the whole vocabulary, on held-out text; within, beyond: at "
-            f"positions whose whole context the window of {exported.hybrid.window} reaches, and at the others.",
+            "KL(teacher ‖ student) in nats per token over the whole vocabulary, on held-out text"
+            f"{kind_of(exported.hybrid).columns}.",
             as_markdown(_heldout(student, teacher)),
         ]
     if student.scores:
@@ -148,7 +149,7 @@ def _tasks(results: Results) -> list[str]:
     if comparison:
         rates = ", ".join(f"C_{alpha:g} = {number(comparison.win_and_tie(alpha), 3)}" for alpha in ALPHAS)
         parts.append(
-            f"Mean recovery {number(mean_recovery(comparison), 3)}. Win-and-Tie, the share of the tasks on which the "
+            f"Mean recovery {number(comparison.mean_recovery, 3)}. Win-and-Tie, the share of the tasks on which the "
             f"student loses at most α of the teacher's score: {rates}. Critical tolerance, the smallest α at which "
             f"that is half of them: α* = {number(comparison.critical_tolerance, 3)}."
         )
@@ -162,10 +163,9 @@ def _limits(exported: Exported) -> list[str]:
         "## State and limits",
         f"The state of one sequence takes {hybrid.state_bytes() / 1e6:,.2f} MB in float32, whatever its length.",
         formula,
-        f"Beyond the last {hybrid.window} tokens and the first {hybrid.sinks}, a token is reached only through the "
-        "recurrent state: what has to be copied or looked up word for word from farther back is often lost. The state "
-        "cannot be rolled back, so assisted decoding and prompt look-up are refused. What holds for the teacher's "
-        "knowledge, biases and safety holds here, and none of it was examined anew.",
+        f"{kind_of(hybrid).reach} what has to be copied or looked up word for word from farther back is often lost. "
+        "The state cannot be rolled back, so assisted decoding and prompt look-up are refused. What holds for the "
+        "teacher's knowledge, biases and safety holds here, and none of it was examined anew.",
     ]
 
 

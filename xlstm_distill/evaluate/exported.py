@@ -14,7 +14,7 @@ from xlstm_distill.evaluate.models import ModelPlace, model_places
 from xlstm_distill.merge import Entry
 
 if TYPE_CHECKING:
-    from xlstm_distill.model import HybridConfig
+    from xlstm_distill.model import DistilXLSTMConfig, HybridConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Exported:
     run: Path
     config: Config
     place: ModelPlace
-    hybrid: "HybridConfig"
+    hybrid: "HybridConfig | DistilXLSTMConfig"
+    """Its configuration, of either kind."""
     entries: list[Entry]
     """Its tensors."""
 

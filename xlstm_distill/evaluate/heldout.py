@@ -4,7 +4,8 @@ Only final hidden states of a batch are kept whole; logits exist for `CHUNK` pos
 """
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,23 +66,47 @@ def final_hidden(
     return torch.cat(rows)
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Losses:
+    """What a model loses at each token that counts as a label, in the order of the sequences."""
+
+    positions: Tensor
+    """int64 [N], in the sequence."""
+    ce: Tensor
+    """[N], nats."""
+    kl: Tensor
+    """[N], KL(teacher ‖ model) in nats; 0 for the teacher."""
+    agree: Tensor
+    """[N], whether both name the same token first."""
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Losses]") -> "Losses":
+        """Those of several sequences as one."""
+        columns = zip(*((part.positions, part.ce, part.kl, part.agree) for part in parts), strict=True)
+        return cls(*map(torch.cat, columns))
+
+    def by_sequence(self, counts: Sequence[int]) -> "list[Losses]":
+        """Those of each sequence, which have so many labels."""
+        columns = (column.split(list(counts)) for column in (self.positions, self.ce, self.kl, self.agree))
+        return [Losses(*parts) for parts in zip(*columns, strict=True)]
+
+
 def measure(
     hidden: Tensor, head: Tensor, sample: Sample, reference: Reference | None, window: int = 0
 ) -> dict[str, Any]:
-    """Numbers of one model on one source, over the tokens that count as labels.
+    """`summary` of `losses`."""
+    return summary(losses(hidden, head, sample, reference), sample.tokens.shape[1] - 1, window)
+
+
+@torch.inference_mode()
+def losses(hidden: Tensor, head: Tensor, sample: Sample, reference: Reference | None) -> Losses:
+    """What one model loses on some sequences.
 
     Args:
         hidden: [B, T, H], from `final_hidden`.
         head: [V, H], the model's LM head, on the device to compute on.
         sample: the sequences that `hidden` stems from.
         reference: the teacher; None for the teacher itself (its KL is 0).
-        window: positions that the student's window covers, for the split of the KL; 0: no split.
-
-    Returns:
-        `perplexity`; `ce`, `kl` (KL(teacher ‖ model)) in nats per token; `agreement`: share of positions where both
-        name the same token first; `tokens`; `positions`: `{"bucket", "kl", "ce"}` by position in the sequence (None in
-        a bucket without a label); `kl_within_window`, `kl_beyond_window`.
     """
     valid = sample.mask[:, 1:]
     labels = sample.tokens[:, 1:][valid]
@@ -90,15 +115,31 @@ def measure(
     parts = []
     for chunk in zip(labels.split(CHUNK), *(r.split(CHUNK) for r in rows), strict=True):
         parts.append(_chunk_losses(head, reference.head if reference else None, *chunk))
-    ce, kl, agree = (torch.cat(column).double() for column in zip(*parts, strict=True))
+    return Losses(positions, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def summary(lost: Losses, length: int, window: int = 0) -> dict[str, Any]:
+    """Numbers of one model on one source, over the tokens that count as labels.
+
+    Args:
+        lost: on all of its sequences.
+        length: T.
+        window: positions that the student's window covers, for the split of the KL; 0: no split.
+
+    Returns:
+        `perplexity`; `ce`, `kl` (KL(teacher ‖ model)) in nats per token; `agreement`: share of positions where both
+        name the same token first; `tokens`; `positions`: `{"bucket", "kl", "ce"}` by position in the sequence (None in
+        a bucket without a label); `kl_within_window`, `kl_beyond_window`.
+    """
+    ce, kl, agree = (column.double() for column in (lost.ce, lost.kl, lost.agree))
     return {
-        "tokens": len(labels),
+        "tokens": len(ce),
         "ce": ce.mean().item(),
         "perplexity": math.exp(min(ce.mean().item(), 700.0)),
         "kl": kl.mean().item(),
         "agreement": agree.mean().item(),
-        "positions": by_position(positions, ce, kl, valid.shape[1]),
-        **_split_at_window(positions, kl, window),
+        "positions": by_position(lost.positions, ce, kl, length),
+        **_split_at_window(lost.positions, kl, window),
     }
 
 
@@ -152,7 +193,7 @@ def _split_at_window(positions: Tensor, kl: Tensor, window: int) -> dict[str, fl
 
 
 def save_hidden(path: Path, hidden: Tensor, key: str) -> None:
-    """Keep the teacher's hidden states for the models that follow; whole or not at all, and never over an older file.
+    """Keep the teacher's hidden states for the models that follow; whole or not at all, whoever else keeps the same.
 
     Args:
         path: file to write.
@@ -164,7 +205,7 @@ def save_hidden(path: Path, hidden: Tensor, key: str) -> None:
     from xlstm_distill.contract.files import sync
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     save_file({"hidden": hidden.contiguous()}, beside, metadata={"key": key})
     sync(beside)
     beside.replace(path)

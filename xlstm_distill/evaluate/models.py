@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.manifest import read_manifest
 from xlstm_distill.contract.schema import Config
+from xlstm_distill.merge import ModelFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HEADS = ("lm_head.weight", "model.embed_tokens.weight")
+"""Names of the LM head in a teacher's files; the second where it is tied."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ def model_places(jobs: Path, config: Config) -> dict[str, ModelPlace]:
 
     `window` is the untrained student without its mLSTM branch. Where Stage II starts from a given folder, that folder
     stands for the aligned student, and for `window` too (Stage I leaves everything but the mLSTM branch as it was).
+    A Distil-xLSTM has neither: its start is random.
 
     Args:
         jobs: `runs/NAME/jobs`.
@@ -46,7 +52,9 @@ def model_places(jobs: Path, config: Config) -> dict[str, ModelPlace]:
         return ModelPlace(name, job, jobs / job / "output" / folder, overrides)
 
     baseline = {"use_mlstm": False, "use_window": True}
-    if given := config.student.init_from:
+    if config.student.kind == "distil_xlstm":
+        students = []
+    elif given := config.student.init_from:
         students = [
             ModelPlace("window", "", Path(given), baseline),
             ModelPlace("aligned", "", Path(given)),
@@ -55,7 +63,8 @@ def model_places(jobs: Path, config: Config) -> dict[str, ModelPlace]:
         students = [place("window", "align", "initial", **baseline), place("aligned", "align", "student")]
     students += [place(expert, f"distill-{expert}", "student") for expert in config.experts]
     students.append(place("merged", "merge", "student"))
-    kernel = {"kernel": config.model.kernel} if config.model.kernel != "auto" else {}
+    chosen = config.model.kernel != "auto" and config.student.kind == "hybrid"
+    kernel = {"kernel": config.model.kernel} if chosen else {}
     students = [replace(p, overrides={**p.overrides, **kernel}) for p in students]
     return {p.name: p for p in (*students, place("teacher", "fetch", "teacher"))}
 
@@ -75,7 +84,7 @@ def find_model(jobs: Path, config: Config, name: str) -> ModelPlace:
 
 
 def load_model(place: ModelPlace, precision: str = "bfloat16") -> "PreTrainedModel":
-    """Load a model to evaluate it: on the first GPU in `precision`, else on the CPU in float32.
+    """Load a model to evaluate it: on this process's GPU in `precision`, else on the CPU in float32.
 
     Raises:
         Mistake: its folder is not a model, or the run's kernel cannot compute it here.
@@ -99,6 +108,13 @@ def load_model(place: ModelPlace, precision: str = "bfloat16") -> "PreTrainedMod
     return model.eval()
 
 
+def precision_of(config: Config) -> str:
+    """What `load_model` computes in, given `strategy.precision`."""
+    import torch
+
+    return config.strategy.precision if torch.cuda.is_available() else "float32"
+
+
 def load_tokenizer(place: ModelPlace) -> "PreTrainedTokenizerBase":
     """Load the tokenizer beside a model.
 
@@ -109,6 +125,19 @@ def load_tokenizer(place: ModelPlace) -> "PreTrainedTokenizerBase":
 
     _check(place)
     return AutoTokenizer.from_pretrained(place.folder)
+
+
+def read_head(place: ModelPlace) -> "Tensor":
+    """The LM head [V, H] from a teacher's files.
+
+    Raises:
+        Mistake: there is none in them.
+    """
+    files = ModelFolder(place.folder)
+    name = next((name for name in HEADS if name in files.entries), None)
+    if name is None:
+        raise Mistake(f"{files.path}: no LM head in it (looked for {' and '.join(HEADS)})")
+    return files.tensor(name)
 
 
 def _check(place: ModelPlace) -> None:

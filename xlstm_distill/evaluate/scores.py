@@ -1,61 +1,125 @@
-"""`xdl report --scores FILE`: Win-and-Tie of any scores, from any harness."""
+"""Tables of scores from any harness, or of a paper: JSON or CSV → a board (format: docs/report.md)."""
 
+import csv
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.evaluate import plots, tables
-from xlstm_distill.evaluate.pages import missing_scores, write_pages
-from xlstm_distill.evaluate.win_tie import Comparison, compare
+from xlstm_distill.evaluate.board import Board, Score, Student, samples_of
+from xlstm_distill.evaluate.domains import by_name
+from xlstm_distill.evaluate.verdict import TEACHER
 
 SHAPE = 'expected {"teacher": {task: score}, "students": {name: {task: score}}}'
-REQUIRED = {"teacher", "students"}
+ROW = 'expected {"task": …, "model": …, "score": …}'
+REQUIRED = {"task", "model", "score"}
+OPTIONAL = {"stderr", "samples", "domain", "higher_is_better"}
+KEYS = {"teacher", "students", "lower_is_better"}
+GENERALIST = "generalist"
 
 
-def read_scores(path: Path) -> tuple[dict[str, Any], dict[str, Comparison]]:
-    """The teacher's scores and each student's comparison, from a file of `SHAPE`.
-
-    An optional `"lower_is_better": [task, …]` beside names tasks that stay out.
+def read_board(path: Path) -> Board:
+    """The board of a file: CSV where its name says so, else JSON.
 
     Raises:
         Mistake: the file is missing or says something else.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Mistake(f"--scores {path}: cannot be read ({error.strerror or error})") from error
+        board = _read(path.suffix.lower() == ".csv", path.read_text(encoding="utf-8-sig"))
+        board.check()
+        return board
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"--scores {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except ValueError as error:
         raise Mistake(f"--scores {path}: not JSON ({error})") from error
-    if not isinstance(raw, dict) or not {"teacher", "students"} <= set(raw) <= {
-        "teacher",
-        "students",
-        "lower_is_better",
-    }:
-        raise Mistake(f"--scores {path}: {SHAPE}")
-    teacher, students, lower = raw["teacher"], raw["students"], raw.get("lower_is_better", [])
-    tables_fit = isinstance(students, dict) and all(isinstance(table, dict) for table in [teacher, *students.values()])
-    if not tables_fit or not isinstance(lower, list):
-        raise Mistake(f"--scores {path}: {SHAPE}")
-    if not students:
-        raise Mistake(f"--scores {path}: students: none given; {SHAPE}")
-    try:
-        return teacher, {name: compare(teacher, scores, lower, name) for name, scores in students.items()}
     except Mistake as error:
         raise Mistake(f"--scores {path}: {error}") from error
 
 
-def report_scores(path: Path, as_json: bool) -> None:
-    """Print the Win-and-Tie of any scores: as JSON, or as a table with a report in the folder `STEM-report` beside."""
-    teacher, comparisons = read_scores(path)
-    if as_json:
-        print(json.dumps({name: c.as_json() for name, c in comparisons.items()}, indent=2, ensure_ascii=False))
-        return
-    folder = path.with_name(f"{path.stem}-report")
-    folder.mkdir(exist_ok=True)
-    plots.save(lambda: plots.win_tie(comparisons), folder / "win_tie.png")
-    table = tables.scores_table(teacher, comparisons)
-    figure = f"![{plots.FIGURES['win_tie']}](win_tie.png)"
-    notes = ["Recovery: student / teacher. C_α: share of the tasks won or tied at α.", *missing_scores(comparisons)]
-    write_pages(folder, path.stem, "\n\n".join([f"# {path.stem}", *notes, tables.as_markdown(table), figure]) + "\n")
-    print("\n\n".join([tables.as_text(table), *missing_scores(comparisons), f"report: {folder / 'report.html'}"]))
+def _read(as_csv: bool, text: str) -> Board:
+    if as_csv:
+        return _of_rows(_csv_rows(text))
+    raw = json.loads(text)
+    return _of_rows(list(enumerate(raw, 1))) if isinstance(raw, list) else _of_tables(raw)
+
+
+def _of_tables(raw: Any) -> Board:
+    if not isinstance(raw, Mapping) or not {"teacher", "students"} <= set(raw) <= KEYS:
+        raise Mistake(SHAPE)
+    teacher, students, lower = raw["teacher"], raw["students"], raw.get("lower_is_better", [])
+    tables_fit = isinstance(students, dict) and all(isinstance(table, dict) for table in [teacher, *students.values()])
+    if not tables_fit or not isinstance(lower, list):
+        raise Mistake(SHAPE)
+    models = {TEACHER: teacher, **students}
+    scores = {name: {task: Score(value) for task, value in table.items()} for name, table in models.items()}
+    return _board(scores, frozenset(map(str, lower)), {})
+
+
+def _csv_rows(text: str) -> list[tuple[int, Any]]:
+    """(line, row) of each row, empty cells left out."""
+    reader = csv.DictReader(text.splitlines())
+    if missing := sorted(REQUIRED - set(reader.fieldnames or ())):
+        raise Mistake(
+            f"line 1: no column {missing[0]}; expected task,model,score and perhaps {','.join(sorted(OPTIONAL))}"
+        )
+    return [(reader.line_num, {key: value for key, value in row.items() if value}) for row in reader]
+
+
+def _of_rows(rows: list[tuple[int, Any]]) -> Board:
+    scores: dict[str, dict[str, Score]] = {TEACHER: {}}
+    lower: set[str] = set()
+    domains: dict[str, str] = {}
+    for number, row in rows:
+        if not isinstance(row, Mapping) or not {"task", "model"} <= set(row):
+            raise Mistake(f"row {number}: {ROW}")
+        if unknown := sorted(set(map(str, row)) - REQUIRED - OPTIONAL):
+            raise Mistake(f"row {number}: {unknown[0]}: not known; there are {', '.join(sorted(REQUIRED | OPTIONAL))}")
+        task, table = str(row["task"]), scores.setdefault(str(row["model"]), {})
+        if task in table:
+            raise Mistake(f"row {number}: {row['model']} has a score on {task} already")
+        table[task] = _score(number, row)
+        if str(row.get("higher_is_better", "true")).lower() in ("false", "0", "no"):
+            lower.add(task)
+        if row.get("domain"):
+            domains[task] = str(row["domain"])
+    return _board(scores, frozenset(lower), domains)
+
+
+def _score(number: int, row: Mapping[str, Any]) -> Score:
+    value, stderr = (_number(number, row, key) for key in ("score", "stderr"))
+    found = row.get("samples")
+    if isinstance(found, Mapping):
+        items = samples_of({"id": id, "score": score} for id, score in found.items())
+        if not items or value is None or not math.isclose(math.fsum(items.values()) / len(items), value, abs_tol=1e-6):
+            raise Mistake(f"row {number}: samples: expected {{id: score}} whose mean is the score")
+        return Score(value, stderr, items)
+    count = _number(number, row, "samples")
+    if stderr is None and count and value is not None and 0 <= value <= 1:
+        stderr = math.sqrt(value * (1 - value) / count)  # of a share of `count` items
+    return Score(value, stderr)
+
+
+def _number(number: int, row: Mapping[str, Any], key: str) -> float | None:
+    """A finite cell, or None where it is empty or NaN."""
+    value = row.get(key)
+    if value is None:
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError) as error:
+        raise Mistake(f"row {number}: {key}={value!r}: expected a number") from error
+    return found if math.isfinite(found) else None
+
+
+def _board(scores: Mapping[str, Mapping[str, Score]], lower: frozenset[str], domains: Mapping[str, str]) -> Board:
+    """Students named like a domain count as its experts; one named generalist is one."""
+    teacher = scores[TEACHER]
+    students = tuple(Student(name, table, teacher) for name, table in scores.items() if name != TEACHER)
+    if not students:
+        raise Mistake("students: none given; name at least one model beside teacher")
+    domain = {task: domains.get(task) or by_name(task) for task in teacher}
+    names = [student.name for student in students]
+    experts = tuple(name for name in names if name in domain.values())
+    return Board(teacher, students, lower, domain, experts, tuple(name for name in names if name == GENERALIST))

@@ -1,11 +1,10 @@
 """The tables of a report, as rows of text: for the terminal, for Markdown."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from xlstm_distill.contract.gates import heads_shut
 from xlstm_distill.evaluate.collect import Measured, Results
-from xlstm_distill.evaluate.win_tie import Comparison
 
 WIDTH = 100
 """Columns of a terminal that plain tables fit into."""
@@ -30,7 +29,7 @@ def _heldout_cells(model: Measured, sources: Sequence[str]) -> list[str]:
 
 
 def task_table(results: Results, short: bool = False) -> Table:
-    """One row per task and one column per model; below them recovery, C_0 and α* of each student.
+    """One row per task and one column per model.
 
     Args:
         results: of a run.
@@ -42,12 +41,6 @@ def task_table(results: Results, short: bool = False) -> Table:
     for task in results.tasks:
         name = task + (" ↓" if task in lower else "")
         rows.append([name, *(score_cell(model.scores.get(task), short) for model in results.models)])
-    comparisons = results.comparisons()
-    if comparisons:
-        names = [model.name for model in results.models]
-        rows.append(["mean recovery", *(_of(comparisons.get(n), mean_recovery) for n in names)])
-        rows.append(["C_0", *(_of(comparisons.get(n), lambda c: c.win_and_tie(0.0)) for n in names)])
-        rows.append(["α*", *(_of(comparisons.get(n), lambda c: c.critical_tolerance) for n in names)])
     return header, rows
 
 
@@ -67,28 +60,6 @@ def gate_table(results: Results, most: int = 3) -> Table:
         ends = (named[:most], named[::-1][:most])
         rows.append([label, number(sum(map(sum, gates)) / heads, 4), *map(", ".join, ends), f"{shut} of {heads}"])
     return ["student", "mean gate", "most mLSTM: layer (gate)", "least", "heads shut"], rows
-
-
-def scores_table(teacher: Mapping[str, float], comparisons: Mapping[str, Comparison]) -> Table:
-    """One row per task: the teacher's score and each student's recovery; below them C_α and α*."""
-    rows = [
-        [task, number(teacher[task], 3), *(number(c.recovery.get(task), 3) for c in comparisons.values())]
-        for task in next(iter(comparisons.values())).drops
-    ]
-    for alpha in (0.0, 0.01, 0.05, 0.1):
-        rows.append([f"C_{alpha:g}", "", *(number(c.win_and_tie(alpha), 3) for c in comparisons.values())])
-    rows.append(["α*", "", *(number(c.critical_tolerance, 3) for c in comparisons.values())])
-    return ["task", "teacher", *comparisons], rows
-
-
-def mean_recovery(comparison: Comparison) -> float | None:
-    """Mean of A_S / A_T over the tasks that have one."""
-    values = [value for value in comparison.recovery.values() if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _of(comparison: Comparison | None, what: Callable[[Comparison], float | None]) -> str:
-    return number(what(comparison), 3) if comparison else ""
 
 
 def score_cell(score: Mapping[str, object] | None, short: bool = False) -> str:
@@ -132,11 +103,18 @@ def as_text(table: Table, width: int = WIDTH) -> str:
 
 def _block(header: list[str], rows: list[list[str]], columns: list[int], first: int, widths: list[int]) -> str:
     def line(row: list[str]) -> str:
-        name = row[0] if len(row[0]) <= first else row[0][: first - 1] + "…"
-        return "  ".join([name.ljust(first), *(row[i].rjust(widths[i]) for i in columns)]).rstrip()
+        return "  ".join([_elided(row[0], first).ljust(first), *(row[i].rjust(widths[i]) for i in columns)]).rstrip()
 
     rule = "─" * (first + sum(2 + widths[i] for i in columns))
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _elided(name: str, width: int) -> str:
+    """Names that agree in both their ends are rare; in one end, as tasks of one kind or source, they are not."""
+    if len(name) <= width:
+        return name
+    tail = width // 2
+    return f"{name[: width - tail - 1]}…{name[-tail:]}"
 
 
 def as_markdown(table: Table) -> str:

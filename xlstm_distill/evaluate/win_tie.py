@@ -1,4 +1,4 @@
-"""Win-and-Tie: how much a student may lose before it stops matching its teacher. Pure; paper §5, the ties are ours.
+"""Win-and-Tie: how much a student may lose before it stops matching its teacher. Pure; paper §4, the ties are ours.
 
     drop_b  = max(0, 1 − A_S(b) / A_T(b))          A_S, A_T: score of student and teacher on benchmark b
     tie     ⇔ drop_b ≤ α + 1e-9
@@ -8,7 +8,7 @@
 Where the formulas are silent:
     A_T = 0                      a tie (nobody can do worse), recovery is None
     student's score missing, null, NaN or infinite
-                                 a loss at every α (drop = ∞), listed in `missing`
+                                 a loss at every α (drop = ∞), listed in `missing`; 0 in the mean recovery
     teacher's score missing, null, NaN, infinite or negative
                                  refused: there is nothing to compare with
     student's score negative     drop > 1: a loss at every α of [0, 1]; α* may then exceed 1
@@ -42,7 +42,19 @@ class Comparison:
     @property
     def critical_tolerance(self) -> float:
         """α*; ∞ when the student has no score on more than half of the tasks."""
-        return sorted(self.drops.values())[math.ceil(len(self.drops) / 2) - 1]
+        return self.drops[self.decisive]
+
+    @property
+    def decisive(self) -> str:
+        """The task whose drop is α*: the ⌈n/2⌉-th by drop, of equal ones the first."""
+        return sorted(self.drops, key=self.drops.__getitem__)[math.ceil(len(self.drops) / 2) - 1]
+
+    @property
+    def mean_recovery(self) -> float | None:
+        """Mean of A_S / A_T, a missing A_S as 0; None where the teacher scores 0 everywhere."""
+        values = [0.0 if task in self.missing else value for task, value in self.recovery.items()]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
 
     def win_and_tie(self, alpha: float) -> float:
         """C_α, in [0, 1]."""

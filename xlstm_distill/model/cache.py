@@ -31,17 +31,88 @@ class Tape(NamedTuple):
     """[B, n]"""
 
 
-class HybridLayerCache(CacheLayerMixin):
-    """State of one layer. `keys`, `values` hold the sinks, then the last W positions as a ring."""
+class StateLayer(CacheLayerMixin):
+    """State of one layer, of constant size: rows can be taken and repeated, positions cannot be taken back."""
 
     is_sliding = False
     is_compileable = False
+    tensors: tuple[str, ...] = ()
+    """Names of attributes, each None or a tensor whose first axis is the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cumulative_length = 0
+
+    def skip(self, length: int) -> None:
+        """Count `length` positions that were read."""
+        self.cumulative_length += length
+
+    def get_seq_length(self) -> int:
+        """Positions read so far, padding included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the 2-D padding mask."""
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Refused: a recurrent state cannot be rolled back.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a recurrent state cannot take back tokens that it has read: assisted (speculative) decoding is off; "
+            "generate without assistant_model, prompt_lookup_num_tokens and the like"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx` (beam search)."""
+        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._rows(lambda x: x[indices])
+
+    def held(self) -> dict[str, Tensor]:
+        """The tensors that there are, by name."""
+        return {name: x for name in self.tensors if (x := getattr(self, name)) is not None}
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name, x in self.held().items():
+            setattr(self, name, change(x))
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.numel() * x.element_size() for x in self.held().values())
+
+
+class StateCache(Cache):
+    """`past_key_values` that do not grow with what was read."""
+
+    layers: list[StateLayer]  # type: ignore[assignment]
+
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+class HybridLayerCache(StateLayer):
+    """State of one layer. `keys`, `values` hold the sinks, then the last W positions as a ring."""
+
     tensors = ("state", "keys", "values", "positions", "seen")
 
     def __init__(self, window: int, sinks: int) -> None:
         super().__init__()
         self.window, self.sinks = window, sinks
-        self.cumulative_length = 0
         self.sinks_full = sinks == 0
         self.state: Tensor | None = None
         """(S, z) of the mLSTM, float32 [B, H, D_φ, D + 1]."""
@@ -126,66 +197,18 @@ class HybridLayerCache(CacheLayerMixin):
         old_sink = torch.arange(self.positions.shape[1], device=positions.device) < self.sinks
         return (self.positions >= 0) & torch.where(old_sink, distance >= self.window, distance < self.window)
 
-    def skip(self, length: int) -> None:
-        """Count `length` positions that only the mLSTM reads (a student without a window)."""
-        self.cumulative_length += length
-
-    def get_seq_length(self) -> int:
-        """Positions read so far, padding included."""
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the 2-D padding mask."""
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
     def reset(self) -> None:
         """Forget everything."""
         self.is_initialized, self.cumulative_length, self.state = False, 0, None
         self.sinks_full = self.sinks == 0
 
-    def crop(self, max_length: int) -> None:
-        """Refused: a recurrent state cannot be rolled back.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "a hybrid xLSTM cannot take back tokens that its state has read: assisted (speculative) decoding is off; "
-            "generate without assistant_model, prompt_lookup_num_tokens and the like"
-        )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx` (beam search)."""
-        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._rows(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
-        self._rows(lambda x: x[indices])
-
-    def _held(self) -> dict[str, Tensor]:
-        """The tensors there are: no mLSTM state without that branch, no slots before `lazy_initialization`."""
-        names = self.tensors if self.is_initialized else ("state",)
-        return {name: x for name in names if (x := getattr(self, name)) is not None}
-
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name, x in self._held().items():
-            setattr(self, name, change(x))
-
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(x.numel() * x.element_size() for x in self._held().values())
+    def held(self) -> dict[str, Tensor]:
+        """No mLSTM state without that branch, no slots before `lazy_initialization`."""
+        return super().held() if self.is_initialized else {"state": self.state} if self.state is not None else {}
 
 
-class HybridCache(Cache):
-    """`past_key_values` of a hybrid xLSTM: constant in the length of what was read.
+class HybridCache(StateCache):
+    """`past_key_values` of a hybrid xLSTM.
 
     Args:
         windows: W of each layer.
@@ -196,7 +219,3 @@ class HybridCache(Cache):
 
     def __init__(self, windows: list[int], sinks: int) -> None:
         super().__init__(layers=[HybridLayerCache(window, sinks) for window in windows])
-
-    def nbytes(self) -> int:
-        """Bytes held by all layers."""
-        return sum(layer.nbytes() for layer in self.layers)

@@ -71,7 +71,8 @@ class HybridMixer(nn.Module):
         for gate in (self.input_gate, self.forget_gate, self.output_gate):
             init.zeros_(gate.weight)
         init.zeros_(self.input_gate.bias)
-        init.copy_(self.forget_gate.bias, torch.linspace(3.0, 6.0, self.heads))
+        first, last = self.config.forget_gate_bias
+        init.copy_(self.forget_gate.bias, torch.linspace(first, last, self.heads))
         init.constant_(self.output_gate.bias, self.config.output_gate_bias)
 
     def forward(

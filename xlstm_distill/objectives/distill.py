@@ -1,49 +1,21 @@
 """Stage II (paper §3.2, Eq. 13): γ·CE + β·KL(teacher ‖ student), fused with the LM head.
 
 The logits of `chunk` positions exist at one time. The gradient with respect to the logits is written down, not traced,
-and taken through the head in the forward pass, so that nothing of size [T, V] is ever kept.
+over the logits themselves, and taken through the head in the forward pass: above the gradients of head and hidden
+states, the memory is one [chunk, V] in float32, whatever N (with products in bfloat16, one more of those, and the head
+cast to it).
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Kind = Literal["full", "topk_tail", "topk"]
+from xlstm_distill.objectives.divergence import Divergence
+from xlstm_distill.objectives.terms import DenseTargets, Form, Kind, SparseTargets, Targets, cap_, chunk_terms_
 
-
-@dataclass(frozen=True)
-class SparseTargets:
-    """The teacher's top-k of N positions and the mass of the rest."""
-
-    ids: Tensor
-    """int64 [N, k]."""
-    log_probs: Tensor
-    """float32 [N, k], at temperature 1 over the whole vocabulary."""
-    tail_log_mass: Tensor
-    """float32 [N]."""
-
-    def slice(self, rows: slice) -> "SparseTargets":
-        """Some of the positions."""
-        return SparseTargets(self.ids[rows], self.log_probs[rows], self.tail_log_mass[rows])
-
-
-@dataclass(frozen=True)
-class DenseTargets:
-    """The teacher's whole distribution, as what makes its logits."""
-
-    hidden: Tensor
-    """[N, H_teacher] after the final norm."""
-    head_weight: Tensor
-    """[V, H_teacher]."""
-
-    def slice(self, rows: slice) -> "DenseTargets":
-        """Some of the positions."""
-        return DenseTargets(self.hidden[rows], self.head_weight)
-
-
-Targets = SparseTargets | DenseTargets
+__all__ = ["DenseTargets", "DistillationLoss", "Kind", "SparseTargets", "Targets", "distillation_loss"]
 
 
 class DistillationLoss(NamedTuple):
@@ -54,7 +26,7 @@ class DistillationLoss(NamedTuple):
     ce: Tensor
     """Weighted sum of the cross-entropy, nats."""
     kl: Tensor
-    """Weighted sum of the KL divergence, nats."""
+    """Weighted sum of T² times the divergence, nats."""
 
 
 def distillation_loss(
@@ -67,6 +39,10 @@ def distillation_loss(
     kind: Kind,
     gamma: float,
     beta: float,
+    divergence: Divergence = "forward",
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+    vocabulary: int = 0,
     chunk: int = 256,
 ) -> DistillationLoss:
     """Eq. 13 over N positions.
@@ -77,17 +53,49 @@ def distillation_loss(
         labels: int64 [N], the next tokens.
         weights: float32 [N]: mask over count of the global batch's valid tokens.
         targets: the teacher at these positions; dense for `full`, sparse for the others.
-        kind: KL over the vocabulary, over top-k and a tail bucket, or over renormalised top-k (the paper).
+        kind: KL over the vocabulary, over top-k and a tail bucket, over renormalised top-k (the paper), or
+            estimated without bias from sampled tokens.
         gamma: weight of the cross-entropy.
         beta: weight of the KL.
+        divergence: what stands in the place of KL(teacher ‖ student), over the same outcomes (`divergence.py`);
+            sampled tokens know the forward KL only.
+        temperature: T of the softmax of teacher and student in the KL, which counts T² fold (Hinton et al. 2015). Top-k
+            renormalised is brought to T here; a tail's mass and sampled weights have to be of T.
+        soft_cap: c of c·tanh(z/c) on the student's logits; None: none.
+        vocabulary: rows of the head that are tokens; later ones are padding, without probability and gradient; 0: all.
+            Rows that a dense teacher does not have are padding too. No row of sparse targets may be padding alone.
         chunk: positions whose logits exist at one time.
 
     Raises:
         TypeError: `kind` and targets do not go together.
+        ValueError: the targets are of another temperature, or `divergence` needs more than was sampled.
     """
-    if (kind == "full") != isinstance(targets, DenseTargets):
-        raise TypeError(f"loss {kind!r} and targets {type(targets).__name__} do not go together")
-    return DistillationLoss(*_Fused.apply(hidden, head_weight, labels, weights, targets, kind, gamma, beta, chunk))
+    form = Form(kind, gamma, beta, divergence, temperature, soft_cap, vocabulary or len(head_weight))
+    form = _checked(form, targets, len(head_weight))
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if isinstance(targets, DenseTargets):
+        targets = replace(targets, head_weight=targets.head_weight.to(dtype))
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, head_weight)]
+    return DistillationLoss(*_Fused.apply(hidden, head_weight, labels, weights, targets, form, chunk, dtype, needs))
+
+
+def _checked(form: Form, targets: Targets, rows: int) -> Form:
+    """The form with the vocabulary that both have."""
+    dense = isinstance(targets, DenseTargets)
+    if (form.kind == "full") != dense:
+        raise TypeError(f"loss {form.kind!r} and targets {type(targets).__name__} do not go together")
+    if form.kind == "random" and form.divergence != "forward":
+        raise ValueError(f"divergence {form.divergence!r}: sampled targets give an estimate of the forward KL only")
+    if isinstance(targets, SparseTargets) and form.kind != "topk" and targets.temperature != form.temperature:
+        raise ValueError(
+            f"temperature {form.temperature:g}: the targets were made at {targets.temperature:g}, and the mass of "
+            "what they leave out is not known at another"
+        )
+    known = len(targets.head_weight) if isinstance(targets, DenseTargets) else rows
+    if known > rows:
+        raise ValueError(f"the student's head has {rows} rows, the teacher's {known}")
+    return replace(form, vocabulary=min(form.vocabulary, known))
 
 
 class _Fused(torch.autograd.Function):
@@ -99,85 +107,83 @@ class _Fused(torch.autograd.Function):
         labels: Tensor,
         weights: Tensor,
         targets: Targets,
-        kind: Kind,
-        gamma: float,
-        beta: float,
+        form: Form,
         chunk: int,
+        dtype: torch.dtype,
+        needs: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if head_weight.requires_grad else None
+        wide = torch.promote_types(dtype, torch.float32)
+        rows, count = min(chunk, len(hidden)), len(head_weight)
+        logits = torch.empty(rows, count, device=hidden.device, dtype=wide)
+        other = torch.empty_like(logits[:, : len(targets.head_weight)]) if isinstance(targets, DenseTargets) else None
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        grad_head = torch.zeros_like(head_weight, dtype=wide) if needs[1] else None
         ce_sum = kl_sum = torch.zeros((), device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ head_weight.T).float()
-            ce, kl, grad = _terms(logits, labels[rows], targets.slice(rows), kind, gamma, beta)
-            ce_sum = ce_sum + ce @ weights[rows]
-            kl_sum = kl_sum + kl @ weights[rows]
-            grad = (grad * weights[rows, None]).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ head_weight
-            if grad_head is not None:
-                grad_head += grad.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = head_weight.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = head_weight.to(dtype)
+            for start in range(0, len(hidden), chunk):
+                here = slice(start, start + chunk)
+                inputs, part, weight = hidden[here].to(dtype), targets.slice(here), weights[here]
+                grad = logits[: len(inputs)]
+                _product(inputs, head.T, grad)
+                teacher = _teacher_logits(part, other, dtype)
+                ce, kl = chunk_terms_(grad, teacher, labels[here], weight, part, form)
+                ce_sum, kl_sum = ce_sum + _weighted(ce, weight), kl_sum + _weighted(kl, weight)
+                grad = grad.to(dtype)
+                if grad_hidden is not None:
+                    _product(grad, head, grad_hidden[here])
+                if grad_head is not None:
+                    _add_product(grad_head, grad.T, inputs)
+        # Not saved as tensors: the backward pass scales them where they stand.
+        ctx.grads, ctx.head_dtype = (grad_hidden, grad_head), head_weight.dtype
         ctx.mark_non_differentiable(ce_sum, kl_sum)
-        return gamma * ce_sum + beta * kl_sum, ce_sum, kl_sum
+        return form.gamma * ce_sum + form.beta * kl_sum, ce_sum, kl_sum
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
+        if ctx.grads is None:
+            raise RuntimeError("the distillation loss has one backward pass: its gradients were handed out")
+        (grad_hidden, grad_head), ctx.grads = ctx.grads, None
         return (
-            grad_hidden * grad.to(grad_hidden.dtype) if grad_hidden is not None else None,
-            (grad_head * grad).to(ctx.head_dtype) if grad_head is not None else None,
+            grad_hidden.mul_(grad) if grad_hidden is not None else None,
+            grad_head.mul_(grad).to(ctx.head_dtype) if grad_head is not None else None,
             *[None] * 7,
         )
 
 
-def _terms(
-    logits: Tensor, labels: Tensor, targets: Targets, kind: Kind, gamma: float, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CE [n], KL [n] and the gradient of γ·CE + β·KL with respect to the logits [n, V] (float32)."""
-    log_probs = logits.log_softmax(-1)
-    probs = log_probs.exp()
-    ce = -log_probs.gather(1, labels[:, None])[:, 0]
-    if isinstance(targets, DenseTargets):
-        kl, kl_grad = _full(log_probs, probs, targets)
-    elif kind == "topk_tail":
-        kl, kl_grad = _topk_tail(logits, log_probs, probs, targets)
+def _teacher_logits(targets: Targets, buffer: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if buffer is None or not isinstance(targets, DenseTargets):
+        return None
+    logits = buffer[: len(targets.hidden)]
+    _product(targets.hidden.to(dtype), targets.head_weight.T, logits)
+    cap_(logits, targets.soft_cap)
+    return logits
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Σ weights ∘ values; what has no weight counts for nothing, were it infinite."""
+    return (values * weights).masked_fill(weights == 0, 0.0).sum()
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out := a b. Rounded to bfloat16 on the way, logits would cost more than the codec of the targets (KL 1.7e-4)."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and WIDE_PRODUCTS:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        kl, kl_grad = _topk(log_probs, targets)
-    grad = kl_grad.mul_(beta).add_(probs, alpha=gamma)
-    grad.scatter_add_(1, labels[:, None], grad.new_full((len(labels), 1), -gamma))
-    return ce, kl, grad
+        out.copy_(a @ b)
 
 
-def _full(log_probs: Tensor, probs: Tensor, targets: DenseTargets) -> tuple[Tensor, Tensor]:
-    teacher = (targets.hidden @ targets.head_weight.T).float().log_softmax(-1)
-    mass = teacher.exp()
-    return (mass * (teacher - log_probs)).sum(-1), probs - mass
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, likewise; nothing of the size of `total` is made, but where the device lacks such a product."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)  # in place, and seen by torch's counter of FLOPs
+    elif a.is_cuda and WIDE_PRODUCTS:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a @ b)
 
 
-def _topk_tail(logits: Tensor, log_probs: Tensor, probs: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor]:
-    """KL over k + 1 outcomes; the decoded targets are normalised over them first."""
-    teacher = torch.cat([targets.log_probs, targets.tail_log_mass[:, None]], 1).log_softmax(-1)
-    top, tail = teacher[:, :-1], teacher[:, -1]
-    # The student's tail is summed itself: 1 − Σ of its top is zero in float32 where the tail is small.
-    rest = logits.scatter(1, targets.ids, -torch.inf).logsumexp(-1)
-    student_tail = rest - logits.logsumexp(-1)
-    student_top = log_probs.gather(1, targets.ids)
-    tail_mass = tail.exp()
-    tail_term = torch.where(tail_mass > 0, tail_mass * (tail - student_tail), 0.0)
-    kl = (top.exp() * (top - student_top)).sum(-1) + tail_term
-    # d KL / d logit_j: p_S(j) − p_T(j) in the top, p_S(j)·(1 − tail_T / tail_S) outside.
-    ratio = torch.where(tail_mass > 0, (tail - student_tail).exp(), 0.0)
-    grad = probs * (1 - ratio)[:, None]
-    grad.scatter_(1, targets.ids, student_top.exp() - top.exp())
-    return kl, grad
-
-
-def _topk(log_probs: Tensor, targets: SparseTargets) -> tuple[Tensor, Tensor]:
-    """KL with teacher and student renormalised over the teacher's top-k (the paper)."""
-    teacher = targets.log_probs.log_softmax(-1)
-    student = log_probs.gather(1, targets.ids).log_softmax(-1)
-    grad = torch.zeros_like(log_probs).scatter_(1, targets.ids, student.exp() - teacher.exp())
-    return (teacher.exp() * (teacher - student)).sum(-1), grad
+WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype_out")
+"""Whether this torch multiplies bfloat16 matrices into float32 ones (on CUDA, from 2.8 on)."""

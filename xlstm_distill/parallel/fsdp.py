@@ -1,6 +1,6 @@
 """FSDP2: parameters, gradients and optimiser state sharded over ranks, layer by layer."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.distributed as dist
@@ -50,13 +50,13 @@ class FullySharded(Strategy):
         """The whole of a parameter, on the CPU. Collective."""
         return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
 
-    def whole(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def whole(self, model: nn.Module, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """After a forward without a backward the root still holds its parameters gathered, rounded to the dtype of the
         products: they are given back first."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return super().whole(model)
+        return super().whole(model, without)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -6,7 +6,7 @@ a checkpoint of one strategy and world size goes on under any other.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -37,7 +37,10 @@ class Strategy:
     def __init__(self, settings: Settings, world: World) -> None:
         self.settings, self.world = settings, world
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+        # A site may show each rank its own GPU only.
+        self.device = (
+            torch.device("cuda", world.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        )
         if cuda:
             torch.cuda.set_device(self.device)
         else:
@@ -124,10 +127,11 @@ class Strategy:
         """The whole of a parameter, on the CPU. Collective."""
         return value.detach().cpu()
 
-    def whole(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def whole(self, model: nn.Module, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The parameters of a prepared model by name, whole, on the CPU, one at a time. Collective."""
         for name, parameter in model.named_parameters():
-            yield name, self.full(parameter)
+            if name not in without:
+                yield name, self.full(parameter)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -1,6 +1,5 @@
 """What a device could do, and what memory it holds: the denominators of the metrics."""
 
-import re
 import resource
 import sys
 import time
@@ -10,35 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-BFLOAT16_PEAKS = (
-    ("gb200", 2500e12),
-    ("b200", 2250e12),
-    ("gh200", 989e12),
-    ("h200 nvl", 836e12),
-    ("h200", 989e12),
-    ("h100 nvl", 835e12),
-    ("h100 pcie", 756e12),
-    ("h100", 989e12),
-    ("h800", 989e12),
-    ("a100", 312e12),
-    ("a800", 312e12),
-    ("a30", 165e12),
-    ("a40", 149.7e12),
-    ("rtx a6000", 154.8e12),
-    ("a10", 125e12),
-    ("l40s", 362e12),
-    ("l40", 181e12),
-    ("l4", 121e12),
-    ("rtx 4090", 165.2e12),
-    ("rtx 3090", 71e12),
-    ("mi355x", 2500e12),
-    ("mi325x", 1307.4e12),
-    ("mi300x", 1307.4e12),
-    ("mi300a", 980.6e12),
-    ("mi250x", 191.5e12),  # of one of the card's two chips: each is a device
-)
-"""Words of the device's name → FLOP/s in bfloat16 with float32 accumulation, dense, by the makers' data sheets. The
-first that fits counts. Absent: what has no matrix units for bfloat16 (V100), or is given in several ways (A10G)."""
+from xlstm_distill.contract.devices import find_device
+
 MEASURE_SECONDS = 0.2
 
 
@@ -59,9 +31,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def listed_peak(name: str) -> float | None:
-    """FLOP/s of the device of that name by `BFLOAT16_PEAKS`."""
-    words = f" {' '.join(re.split(r'[^a-z0-9]+', name.lower()))} "
-    return next((flops for key, flops in BFLOAT16_PEAKS if f" {key} " in words), None)
+    """FLOP/s of the device of that name by `contract.devices`."""
+    device = find_device(name)
+    return device.flops if device else None
 
 
 @cache

@@ -6,6 +6,7 @@ A rank that stopped alone would leave the others in a collective for ever, so th
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -53,11 +54,11 @@ class StopFlag:
     def requested(self, also: bool = False) -> bool:
         """Whether any rank was asked to stop, or `also`. Collective: all ranks call it, at the same points."""
         mine = also or self.signalled or self._near_deadline() or self._file_stands()
-        import torch
-        import torch.distributed as dist
-
-        if not (dist.is_available() and dist.is_initialized()):
+        dist = sys.modules.get("torch.distributed")  # who has not imported it is alone
+        if dist is None or not (dist.is_available() and dist.is_initialized()):
             return mine
+        import torch
+
         flag = torch.tensor([float(mine)], device=number_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

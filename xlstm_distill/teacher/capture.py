@@ -1,153 +1,109 @@
 """Stage `cache`: token shards → the same with the teacher's sparse targets, for a distillation without a teacher."""
 
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.files import folder_atomic
+from xlstm_distill.contract.files import exclusive
 from xlstm_distill.contract.job import JobFolder, World
-from xlstm_distill.contract.schema import Cache, Config
-from xlstm_distill.data import codec
-from xlstm_distill.data.reader import Shards
-from xlstm_distill.data.shards import count_samples, sequence_of, shard_writer, write_targets_note
+from xlstm_distill.contract.schema import pieces_of
+from xlstm_distill.data.shards import token_folder, write_tokens_note
 from xlstm_distill.runtime.metrics import Metrics
 from xlstm_distill.runtime.stop import StopFlag
-from xlstm_distill.teacher.targets import document_positions, expected_index, load_teacher, sparse_targets
-
-SPLITS = ("train", "validation")
+from xlstm_distill.runtime.watchdog import Watchdog
+from xlstm_distill.teacher.capturer import Capture
+from xlstm_distill.teacher.index import index_of, read_note
+from xlstm_distill.teacher.sink import failure
+from xlstm_distill.teacher.units import SPLITS, Piece, Unit, join
 
 
 def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
-    """Run the teacher over this element's sources that are not done yet. Output: `SOURCE/train`, `SOURCE/validation`.
+    """Run the teacher over this element's pieces that are not done yet. Output: see `units.py`.
 
-    Each source is a piece with its own manifest; its facts are samples, tokens, tokens_per_s and bytes_per_token of the
-    targets.
+    A piece is a source, or one of its `parts`, which `join_pieces` joins when all are finished. Each has a manifest
+    of its own, with samples, tokens and the targets' bytes per token by split, and the speed of this start.
 
     Raises:
-        Mistake: the shards are missing, damaged or of another length or vocabulary.
-        Stopped: a stop was requested; finished sources are durable.
+        Mistake: the shards are missing, damaged or of another length or vocabulary; another process makes the same.
+        Stopped: a stop was requested; finished shards are durable.
     """
-    if world.size > 1:
-        raise Mistake(f"cache: runs as one process per array element, got {world.size} ranks; ask for one GPU")
-    config, pieces = folder.config, folder.my_pieces(world)
-    shards = Path(config.data.shards) if config.data.shards else folder.input("tokenize")
-    limits = {(piece, split): _limit(shards / piece / split, config) for piece in pieces for split in SPLITS}
-    if not pieces:
+    shards, todo = token_folder(folder), folder.my_pieces(world)
+    if not todo:
         return {}
-    capture = Capture(folder.input("fetch") / "teacher", config)
-    note = {**expected_index(folder.input("fetch"), config.cache.top_k), **capture.note()}
-    total, done = sum(limits.values()), 0
-    with Metrics(folder.path, total) as metrics:
+    pieces = {name: Piece(name, folder.config, shards, folder.output) for name in folder.job.pieces}
+    index = index_of(folder.config, folder.input("fetch"))
+    with ExitStack() as stack:
+        left = {name: _take(stack, folder, pieces[name], index) for name in todo} if world.rank == 0 else {}
+        capture = Capture(folder.input("fetch") / "teacher", folder.config, world, folder)
+        stack.callback(capture.close)
+        left = capture.ranks.from_first(left)  # on other nodes a network file system may look as it did before
+        total = sum(unit.count for name in left for unit in pieces[name].units)
+        done = total - sum(unit.count for units in left.values() for unit in units)
+        for name, units in left.items():
+            with _progress(folder, world, done, total) as on_batch:
+                speed = capture.piece(pieces[name], units, index, stop, on_batch)
+            done += sum(unit.count for unit in units)
+            # No watchdog: a large output is hashed for minutes, for which the other ranks wait.
+            finish = partial(_finish, folder, pieces[name], index, speed)
+            capture.ranks.go_on(stop, failure(finish) if world.rank == 0 else None)
+    return {}
+
+
+def _take(stack: ExitStack, folder: JobFolder, piece: Piece, index: dict[str, Any]) -> list[Unit]:
+    """Make the piece this process's own until `stack` is closed, and return what is left to do of it: two that make the
+    same one would remove each other's files."""
+    if not stack.enter_context(exclusive(folder.path / "locks" / piece.name)):
+        raise Mistake(f"{piece.folder}: another process is caching it; wait for that one (xdl status), or end it")
+    piece.clear(index)
+    return [unit for unit in piece.units if not unit.done(index)]
+
+
+@contextmanager
+def _progress(folder: JobFolder, world: World, done: int, total: int) -> Iterator[Callable[[int, float], None]]:
+    """What hears of every batch: metrics and watchdog."""
+    seconds = folder.config.guard.stuck_seconds
+    with Metrics(folder.path, total, enabled=world.rank == 0) as metrics, Watchdog(folder.path, world, seconds) as dog:
 
         def on_batch(samples: int, tokens_per_s: float) -> None:
             nonlocal done
             done += samples
             metrics.log(done, {"tokens_per_s": round(tokens_per_s, 1)})
-            stop.check()
+            dog.beat(done, "cache")
 
-        for piece in pieces:
-            facts = {}
-            with folder_atomic(folder.output / piece) as target:
-                for split in SPLITS:
-                    facts[split] = capture(shards / piece / split, target / split, limits[piece, split], on_batch)
-                    write_targets_note(target / split, {**note, "samples": facts[split]["samples"]})
-            folder.finish(facts, piece)
-    return {}
+        yield on_batch
 
 
-def _limit(folder: Path, config: Config) -> int:
-    """Samples of a split to do: at most `cache.max_samples`."""
-    count, length = count_samples(folder), sequence_of(folder)
-    if length != config.data.sequence:
-        raise Mistake(f"data.sequence={config.data.sequence}: the shards in {folder} hold samples of {length}")
-    limit = config.cache.max_samples
-    return min(count, limit) if limit else count
+def _facts(piece: Piece, tokens_per_s: float) -> dict[str, Any]:
+    """Counts of a finished piece."""
+    facts: dict[str, Any] = {"tokens_per_s": round(tokens_per_s, 1)}
+    for split in SPLITS:
+        notes = [read_note(unit.folder) for unit in piece.units if unit.split == split]
+        samples = sum(note["samples"] for note in notes)
+        tokens = samples * piece.config.data.sequence
+        size = sum(note["target_bytes"] for note in notes)
+        facts[split] = {"samples": samples, "tokens": tokens, "bytes_per_token": round(size / max(tokens, 1), 3)}
+    return facts
 
 
-class Capture:
-    """The frozen teacher, on a GPU where there is one.
+def _finish(folder: JobFolder, piece: Piece, index: dict[str, Any], tokens_per_s: float) -> None:
+    if piece.name == piece.source:
+        _join(piece, index)
+    folder.finish(_facts(piece, tokens_per_s), piece.name)
 
-    Args:
-        teacher: HF folder.
-        config: precision (bfloat16 counts on a GPU only, a CPU computes in float32), threads, and `cache`.
-    """
 
-    def __init__(self, teacher: Path, config: Config) -> None:
-        self.settings: Cache = config.cache
-        self.split = config.student.reset_at_documents
-        self.shard_bytes = config.data.shard_bytes
-        if config.strategy.threads:
-            torch.set_num_threads(config.strategy.threads)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        half = config.strategy.precision == "bfloat16" and self.device.type == "cuda"
-        self.model = load_teacher(teacher, torch.bfloat16 if half else torch.float32).to(self.device)
-        self.head = self.model.get_output_embeddings().weight
+def _join(piece: Piece, index: dict[str, Any]) -> None:
+    """Join the shards of all pieces of a source."""
+    for split in SPLITS:
+        join(piece.all_units(split), piece.output / piece.source, split, index)
+    write_tokens_note(piece.output / piece.source, index["tokenizer"])
 
-    def note(self) -> dict[str, Any]:
-        """What `targets.json` says of the way they were made."""
-        return {"codec": codec.VERSION, "vocab_size": self.head.shape[0], "dtype": str(self.head.dtype).split(".")[1]}
 
-    def __call__(
-        self, source: Path, target: Path, count: int, on_batch: Callable[[int, float], None] = lambda n, speed: None
-    ) -> dict[str, Any]:
-        """Copy the first `count` samples of `source` to the new folder `target`, with targets.
-
-        Args:
-            source: MDS folder of samples of T + 1 tokens.
-            target: folder to make.
-            count: samples.
-            on_batch: hears the samples of each batch and its speed; may raise to stop.
-
-        Returns:
-            samples, tokens, tokens_per_s, bytes_per_token (of the targets).
-
-        Raises:
-            Mistake: a shard is missing or damaged, or its tokens are not the teacher's.
-        """
-        shards, sequence = Shards(source), sequence_of(source)
-        size, began = 0, time.monotonic()
-        # No compression: see shard_writer.
-        with shard_writer(target, sequence, self.shard_bytes, targets=True) as writer:
-            for first in range(0, count, self.settings.micro_batch):
-                started = time.monotonic()
-                samples = [shards[n] for n in range(first, min(first + self.settings.micro_batch, count))]
-                for sample, targets in zip(samples, self._encoded(samples, source), strict=True):
-                    writer.write({**sample, "targets": targets})
-                    size += len(targets)
-                on_batch(len(samples), len(samples) * sequence / (time.monotonic() - started))
-        tokens = count * sequence
-        return {
-            "samples": count,
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / max(time.monotonic() - began, 1e-9), 1),
-            "bytes_per_token": round(size / max(tokens, 1), 3),
-        }
-
-    def _encoded(self, samples: list[dict[str, Any]], source: Path) -> list[bytes]:
-        tokens = torch.from_numpy(np.stack([s["tokens"] for s in samples]).astype(np.int64))
-        vocabulary = self.head.shape[0]
-        if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
-            raise Mistake(
-                f"{source}: token {int(tokens.max())} is outside the teacher's vocabulary of {vocabulary}; "
-                f"the shards were made with another tokenizer"
-            )
-        batch, length = tokens.shape[0], tokens.shape[1] - 1
-        documents = torch.from_numpy(np.stack([s["document"] for s in samples]).astype(np.int64))
-        found = self.targets(tokens, documents)
-        ids, log_probs, tail = (t.cpu().numpy().reshape(batch, length, *t.shape[1:]) for t in found)
-        return [codec.encode(*row, vocabulary) for row in zip(ids, log_probs, tail, strict=True)]
-
-    @torch.inference_mode()
-    def targets(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sparse targets at the positions 0 … T − 1 of `tokens` [B, T + 1]: ids [B·T, k], log-probabilities [B·T, k],
-        log of the tail's mass [B·T]. With `student.reset_at_documents` the `documents` [B, T + 1] are seen apart."""
-        inputs, numbers = tokens[:, :-1].to(self.device), documents[:, :-1].to(self.device)
-        positions = document_positions(numbers, self.split)
-        hidden_BTH = self.model.model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
-        return sparse_targets(hidden_BTH.flatten(0, 1), self.head, self.settings.top_k, self.settings.chunk)
+def join_pieces(folder: JobFolder) -> None:
+    """Join every source in parts; all of them are finished."""
+    shards, index = token_folder(folder), index_of(folder.config, folder.input("fetch"))
+    for name, source in folder.config.sources.items():
+        parts = pieces_of(name, source)
+        if len(parts) > 1 and set(parts) <= set(folder.job.pieces):
+            _join(Piece(parts[0], folder.config, shards, folder.output), index)

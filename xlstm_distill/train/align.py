@@ -1,7 +1,8 @@
 """Stage `align`: convert the teacher, then Stage I."""
 
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import folder_atomic
 from xlstm_distill.contract.job import JobFolder, World
 from xlstm_distill.contract.schema import AdamW, Align
+from xlstm_distill.data.shards import token_folder
 from xlstm_distill.data.stream import Batch, SampleStream, read_samples
-from xlstm_distill.model import HybridForCausalLM, convert
+from xlstm_distill.model import HybridForCausalLM, convert, convert_distil
 from xlstm_distill.objectives.align import LayerAlignment
 from xlstm_distill.parallel.state import set_optimizer_step, training_state
 from xlstm_distill.parallel.strategy import Read, Strategy, make_strategy
@@ -28,9 +30,9 @@ from xlstm_distill.train.students import (
     empty_student,
     flops_per_token,
     mixture,
+    require_xlstm,
     save_student,
     student_choices,
-    token_folder,
 )
 
 
@@ -146,14 +148,26 @@ def _no_loss(hidden: Tensor, head_weight: Tensor) -> Tensor:
 
 
 def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
-    """Convert and align. Output: `initial/` (untrained) and `student/` (aligned)."""
+    """Convert and align. Output: `initial/` (untrained) and `student/` (aligned).
+
+    No layer of a Distil-xLSTM stands for one of the teacher's: there is nothing to align, `student/` is its start.
+    """
     config = folder.config
+    if config.student.kind == "distil_xlstm":
+        if world.rank == 0:
+            require_xlstm()
+            teacher, destination = folder.input("fetch") / "teacher", folder.output / "student"
+            make_initial(teacher, destination, {"seed": config.seed}, convert_distil)
+        return {}
     strategy = make_strategy(config.strategy, world, folder)
     initial = folder.output / "initial"
     if world.rank == 0 and not (initial.exists() and checkpoint.latest(folder.checkpoints)):
-        make_initial(folder.input("fetch") / "teacher", initial, student_choices(config))
+        teacher = folder.input("fetch") / "teacher"
+        layers = json.loads((teacher / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+        make_initial(teacher, initial, student_choices(config, layers))
     strategy.barrier()
     model = empty_student(initial, kernel=config.model.kernel)
+    assert isinstance(model, HybridForCausalLM)
     model.requires_grad_(False)
     new, idle = model.mixer_parameters(), model.idle_parameters()
     strategy.prepare(model, initial, replicated=new.values())
@@ -179,11 +193,13 @@ def run(folder: JobFolder, world: World, stop: StopFlag) -> dict[str, Any]:
     return facts
 
 
-def make_initial(teacher: Path, destination: Path, choices: dict[str, Any]) -> None:
+def make_initial(
+    teacher: Path, destination: Path, choices: dict[str, Any], write: Callable[..., object] = convert
+) -> None:
     """Convert `teacher` to the untrained student at `destination`, whole or not at all."""
     try:
         with folder_atomic(destination) as beside:
-            convert(teacher, beside, **choices)
+            write(teacher, beside, **choices)
     except ValueError as error:
         raise Mistake(f"{teacher}: {error}") from error
     except FileNotFoundError as error:

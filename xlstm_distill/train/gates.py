@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from xlstm_distill.contract.gates import heads_shut
-from xlstm_distill.model import HybridForCausalLM
+from xlstm_distill.model import HybridForCausalLM, StudentForCausalLM
 from xlstm_distill.model.gates import GateRecorder
 from xlstm_distill.parallel.strategy import Strategy
 from xlstm_distill.runtime.gate_map import gate_image
@@ -18,8 +18,8 @@ class HeldOutGates:
     In Stage I the layers see the teacher's stream, in Stage II the student's own.
     """
 
-    def __init__(self, model: HybridForCausalLM) -> None:
-        gated = model.config.use_mlstm and model.config.use_window
+    def __init__(self, model: StudentForCausalLM) -> None:
+        gated = isinstance(model, HybridForCausalLM) and model.config.use_mlstm and model.config.use_window
         self._recorder = GateRecorder(model) if gated else None
 
     def recording(self, counts: bool = True) -> AbstractContextManager[object]:

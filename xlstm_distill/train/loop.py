@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_distill.contract.exitcode import Mistake, Stopped
+from xlstm_distill.contract.files import write_json
 from xlstm_distill.contract.flops import StepFlops
-from xlstm_distill.contract.job import JobFolder, World, plain
+from xlstm_distill.contract.job import STOP_SECONDS, JobFolder, World, plain
 from xlstm_distill.contract.schema import Training
 from xlstm_distill.data.stream import Batch, SampleStream
 from xlstm_distill.parallel.strategy import Read, Strategy
@@ -45,6 +46,9 @@ class Task(ABC):
     clock: Clock
     gates: Sequence[Sequence[float]] = ()
     """Mean output gate per layer and head of the last validation; empty for a student without a gate."""
+
+    def begin(self, step: int) -> None:  # noqa: B027
+        """Hear the number of the step that `gradients` comes to, from 0."""
 
     @abstractmethod
     def gradients(self, batch: Batch) -> dict[str, float]:
@@ -210,6 +214,7 @@ class _Run:
             batch = next(self.stream)
         waited = time.monotonic() - began
         self.watchdog.beat(at.done, "step")
+        task.begin(at.done)
         values = {"lr": set_learning_rate(task.optimizer, at.done, at.steps, self.settings)} | task.gradients(batch)
         if reason := self.guard.judge(values):
             task.discard()
@@ -242,6 +247,8 @@ class _Run:
         }
         with self.clock("checkpoint"):
             self.saver.save(self.at.done, self.task.training_state(), state)
+        if self.saver.last_seconds and self.strategy.world.rank == 0:  # for the next batch script
+            write_json(self.folder.path / STOP_SECONDS, {"seconds": round(self.stop.margin, 1)})
 
     def resume(self) -> None:
         """Take everything from the newest checkpoint, if there is one.

@@ -1,5 +1,6 @@
 """Students on disk, and the data folders that training reads."""
 
+import importlib.util
 import json
 import shutil
 from collections import deque
@@ -12,40 +13,76 @@ import torch
 from safetensors.torch import save_file
 
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.files import folder_atomic
+from xlstm_distill.contract.files import folder_atomic, hash_file
 from xlstm_distill.contract.flops import StepFlops, step_flops
-from xlstm_distill.contract.job import JobFolder
 from xlstm_distill.contract.schema import Config, Source, Teacher
 from xlstm_distill.data.stream import Part
-from xlstm_distill.model import HybridConfig, HybridForCausalLM
+from xlstm_distill.model import (
+    DistilXLSTMConfig,
+    DistilXLSTMForCausalLM,
+    HybridConfig,
+    HybridForCausalLM,
+    StudentForCausalLM,
+)
 from xlstm_distill.model.kernel import check, name_of
-from xlstm_distill.parallel.load import empty_model
+from xlstm_distill.parallel.load import Weights, empty_model
 from xlstm_distill.parallel.strategy import Strategy
 
 SHARD_BYTES = 4 << 30
 
 
-def student_choices(config: Config) -> dict[str, Any]:
-    """The fields of the student's configuration that the experiment sets."""
-    student = config.student
-    return {name: value for name, value in vars(student).items() if name != "init_from"}
-
-
-def empty_student(folder: Path, kernel: str = "auto") -> HybridForCausalLM:
-    """The student in `folder`, for training: its weights are still to be read (`Strategy.prepare`); evaluation mode;
-    `kernel` computes its mLSTM.
+def student_choices(config: Config, layers: int) -> dict[str, Any]:
+    """The fields of the student's configuration that the experiment sets, for a teacher of so many layers.
 
     Raises:
-        Mistake: there is no student there.
+        Mistake: `student.layer_windows` names a layer that there is not.
+    """
+    student, others = config.student, ("kind", "init_from", "layer_windows")
+    chosen = {name: value for name, value in vars(student).items() if name not in others}
+    try:
+        return chosen | ({"layer_windows": student.windows(layers)} if student.layer_windows else {})
+    except ValueError as error:
+        raise Mistake(f"student.{error}") from error
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Name of each safetensors file of a model folder → its xxh64."""
+    return {file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def empty_student(folder: Path, kernel: str = "auto") -> StudentForCausalLM:
+    """The student in `folder`, for training: its weights are still to be read (`Strategy.prepare`); evaluation mode;
+    what never trains is frozen.
+
+    Args:
+        folder: of a converted student.
+        kernel: computes the mLSTM of a hybrid.
+
+    Raises:
+        Mistake: there is no student there, or one that needs a package which is not installed.
     """
     if not (folder / "config.json").exists():
         raise Mistake(f"{folder}: no student there (no config.json)")
-    config = HybridConfig.from_pretrained(folder, dtype=torch.float32, kernel=kernel)
-    return empty_model(lambda: HybridForCausalLM(config)).eval()
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != DistilXLSTMConfig.model_type:
+        config = HybridConfig.from_pretrained(folder, dtype=torch.float32, kernel=kernel)
+        return empty_model(lambda: HybridForCausalLM(config)).eval()
+    require_xlstm()
+    own = DistilXLSTMConfig.from_pretrained(folder, dtype=torch.float32)
+    model = empty_model(lambda: DistilXLSTMForCausalLM(own)).eval().requires_grad_(False)
+    for parameter in model.trained_parameters().values():
+        parameter.requires_grad_(True)
+    return model
+
+
+def require_xlstm() -> None:
+    """Raise `Mistake` where a Distil-xLSTM cannot be made."""
+    if importlib.util.find_spec("xlstm") is None:
+        raise Mistake("student=distil_xlstm: its blocks are the package xlstm's: pip install --no-deps 'xlstm>=2.0.6'")
 
 
 def flops_per_token(
-    stage: Literal["align", "distill"], model: HybridForCausalLM, sequence: int, *, online: bool = False
+    stage: Literal["align", "distill"], model: StudentForCausalLM, sequence: int, *, online: bool = False
 ) -> StepFlops:
     """`contract.flops.step_flops` of this very model."""
     base, config = model.config.base, model.config
@@ -58,12 +95,14 @@ def flops_per_token(
     return step_flops(stage, shape, config, sequence, online=online)
 
 
-def check_kernel(model: HybridForCausalLM, strategy: Strategy) -> None:
-    """Compare the kernel of `model.config` with float64, as this job will use it, and say which one it is.
+def check_kernel(model: StudentForCausalLM, strategy: Strategy) -> None:
+    """Compare a hybrid's kernel (`model.config`) with float64, as this job will use it, and say which one it is.
 
     Raises:
         Mistake: it cannot run here, or is wrong.
     """
+    if not isinstance(model, HybridForCausalLM):
+        return
     config, mixer = model.config, model.mixers[0]
     features = mixer.head_dim * (2 if config.feature_map == "hedgehog" else 1)
     try:
@@ -75,13 +114,15 @@ def check_kernel(model: HybridForCausalLM, strategy: Strategy) -> None:
         print(f"mLSTM kernel: {name_of(kernel)}, within {error:.0e} of float64", flush=True)
 
 
-def save_student(model: HybridForCausalLM, source: Path, destination: Path, strategy: Strategy) -> None:
+def save_student(model: StudentForCausalLM, source: Path, destination: Path, strategy: Strategy) -> None:
     """Write the model's parameters as safetensors, with tokenizer and configuration from `source`. Collective.
 
-    One parameter at a time is gathered; rank 0 writes shards of 4 GiB in the dtype of the parameters.
+    One parameter at a time is gathered; rank 0 writes shards of 4 GiB in float32. What did not train comes from
+    `source` as it stands there: a strategy may hold it rounded.
     """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    parameters = ((name, tensor) for name, tensor in strategy.whole(model) if name not in tied)
+    parameters = ((name, tensor) for name, tensor in strategy.whole(model, without=frozen) if name not in tied)
     if strategy.world.rank != 0:
         deque(parameters, maxlen=0)
         strategy.barrier()
@@ -90,7 +131,9 @@ def save_student(model: HybridForCausalLM, source: Path, destination: Path, stra
         for file in source.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name != "model.safetensors.index.json":
                 shutil.copyfile(file, beside / file.name)
-        writer = ShardWriter(beside)
+        writer, files = ShardWriter(beside), Weights(source)
+        for name in frozen:
+            writer.add(name, files.read(name).float())
         for name, tensor in parameters:
             writer.add(name, tensor)
         writer.finish()
@@ -127,12 +170,6 @@ class ShardWriter:
             self._flush()
         index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def token_folder(folder: JobFolder) -> Path:
-    """Where the token shards are: the user's, or those of the `tokenize` job."""
-    shards = folder.config.data.shards
-    return Path(shards) if shards else folder.input("tokenize")
 
 
 def mixture(sources: Mapping[str, Source], shards: Path) -> list[Part]:

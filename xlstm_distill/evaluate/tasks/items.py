@@ -62,7 +62,7 @@ def recall(tokenizer: "PreTrainedTokenizerBase", window: int, longest: int, coun
         lines = [f"The code of {key} is {value}.\n" for key, value in zip(chosen, given, strict=False)]
         prompt = f"{''.join(lines)}What is the code of {chosen[asked]}?\nThe code of {chosen[asked]} is"
         others = rng.sample(sorted(set(given) - {given[asked]}), CHOICES - 1)
-        items.append(_choices(rng, prompt, f" {given[asked]}", [f" {other}" for other in others]))
+        items.append(choices_of(rng, prompt, f" {given[asked]}", [f" {other}" for other in others]))
     return items
 
 
@@ -111,7 +111,7 @@ def _cloze_items(
         if words[place] in far and len(others) >= CHOICES - 1:
             count -= 1
             prompt = decode(tokenizer, list(tokens[place - length : place]))
-            yield _choices(rng, prompt, words[place], rng.sample(others, CHOICES - 1))
+            yield choices_of(rng, prompt, words[place], rng.sample(others, CHOICES - 1))
 
 
 def swapped_words(texts: Sequence[str], count: int, seed: int) -> list[Item]:
@@ -132,7 +132,7 @@ def swapped_words(texts: Sequence[str], count: int, seed: int) -> list[Item]:
             continue
         i = rng.choice(places)
         swapped = " ".join([*words[:i], words[i + 1], words[i], *words[i + 2 :]])
-        items.append(_choices(rng, "", sentence, [swapped]))
+        items.append(choices_of(rng, "", sentence, [swapped]))
     return items[:count]
 
 
@@ -176,7 +176,8 @@ def passages(
     return [{"text": decode(tokenizer, f.tokens[:length])} for f in long_enough[::step][:count]]
 
 
-def _choices(rng: random.Random, prompt: str, right: str, wrong: list[str]) -> Item:
+def choices_of(rng: random.Random, prompt: str, right: str, wrong: list[str]) -> Item:
+    """An item with the right choice among the wrong ones, in any order."""
     choices = [right, *wrong]
     rng.shuffle(choices)
     return {"prompt": prompt, "choices": choices, "answer": choices.index(right)}

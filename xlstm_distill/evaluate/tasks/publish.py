@@ -3,8 +3,13 @@
 local_recall               key-value recall from beyond the window, 4 choices
 local_addition             sums below 30 after four examples, free generation, exact match
 local_cloze_SOURCE         a held-out word that last stood beyond the window, 4 choices
+local_answers_SOURCE       the answer behind a worked solution of text like the demo's, written
 local_words_SOURCE         a held-out sentence or the same with two words swapped
 local_perplexity_SOURCE    perplexity per byte of short held-out texts (lower is better)
+local_needle_…_LENGTH      one needle (single) or one of several (multi) in a haystack of so many tokens; the value is
+                           written, or chosen of four (…_choice)
+
+`local_positions_SOURCE` is not among them: lm-eval has no such task (`evaluate/position.py`).
 """
 
 import json
@@ -18,8 +23,9 @@ import yaml
 
 from xlstm_distill.contract.exitcode import Mistake
 from xlstm_distill.contract.files import hash_value, sync, write_json
-from xlstm_distill.contract.tasks import PREFIX, local_names
+from xlstm_distill.contract.tasks import PER_LENGTH, PREFIX, local_names
 from xlstm_distill.evaluate.tasks import items as make
+from xlstm_distill.evaluate.tasks.needle import needle
 from xlstm_distill.evaluate.tasks.text import Fragment, decode, read_fragments
 
 if TYPE_CHECKING:
@@ -27,8 +33,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Raised whenever items come out otherwise for the same text and seed."""
-COUNTS = {"recall": 24, "addition": 24, "cloze": 20, "words": 16, "answers": 16, "perplexity": 4}
-"""Items per task: in all about 8,000 tokens in a run with two sources; `eval.limit` takes the first of them."""
+COUNTS = {"recall": 24, "addition": 24, "cloze": 20, "words": 16, "answers": 16, "perplexity": 4, "needle": 100}
+"""Items per task: but for the needles about 8,000 tokens in a run with two sources; `eval.limit` takes the first."""
 PASSAGE = 96
 """Tokens of a text whose perplexity is measured."""
 CHOICE: dict[str, Any] = {
@@ -55,6 +61,16 @@ GENERATION: dict[str, Any] = {
     ],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
+NEEDLE: dict[str, Any] = {
+    **GENERATION,
+    "filter_list": [
+        {
+            "name": "word",
+            "filter": [{"function": "regex", "regex_pattern": r"^\s*(\w+)"}, {"function": "take_first"}],
+        }
+    ],
+}
+"""The first word that is written."""
 PERPLEXITY: dict[str, Any] = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
@@ -71,19 +87,33 @@ FORMS = {
     "words": CHOICE,
     "answers": GENERATION,
     "perplexity": PERPLEXITY,
+    "needle_single": NEEDLE,
+    "needle_multi": NEEDLE,
+    "needle_single_choice": CHOICE,
+    "needle_multi_choice": CHOICE,
 }
 
 
-def check_names(tasks: Iterable[str], sources: Iterable[str]) -> None:
+def check_names(tasks: Iterable[str], sources: Iterable[str], lengths: Iterable[int] = ()) -> None:
     """Refuse a `local_…` task that does not exist.
 
     Raises:
         Mistake: with the names that do.
     """
-    known = local_names(sources)
+    known = local_names(sources, lengths)
     for task in tasks:
         if task.startswith(PREFIX) and task not in known:
             raise Mistake(f"eval.tasks: {task}: no such local task; there are {', '.join(known)}")
+
+
+def kind_of(task: str) -> tuple[str, str]:
+    """Kind of a local task, and the source or the length that it names."""
+    name = task.removeprefix(PREFIX)
+    for kind in sorted(PER_LENGTH, key=len, reverse=True):
+        if name.startswith(f"{kind}_"):
+            return kind, name.removeprefix(f"{kind}_")
+    kind, _, source = name.partition("_")
+    return kind, source
 
 
 def publish(
@@ -96,6 +126,7 @@ def publish(
     sequence: int,
     seed: int,
     key: Any,
+    lengths: Iterable[int] = (),
 ) -> Path:
     """Write the local ones among `tasks` to `folder`, unless they stand there already.
 
@@ -110,17 +141,18 @@ def publish(
         sequence: longest prompt.
         seed: of the items.
         key: what the shards and the tokenizer are made from (JSON); another one makes the tasks anew.
+        lengths: of needle tasks.
 
     Returns:
         `folder`.
     """
     names = [task for task in tasks if task.startswith(PREFIX)]
-    check_names(names, shards)
+    check_names(names, shards, lengths)
     mark = hash_value([VERSION, COUNTS, names, window, sequence, seed, key, str(folder)])
     if _mark(folder) == mark:
         return folder
     items = _Maker(tokenizer, shards, window, sequence, seed)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside = folder.with_name(f".{folder.name}.{os.uname().nodename}-{os.getpid()}")  # nodes share folders
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     for name in names:
@@ -148,13 +180,12 @@ def _write_task(folder: Path, final: Path, name: str, items: list[make.Item]) ->
         raise Mistake(f"eval.tasks: {name}: the held-out text has nothing to make it from; leave the task out")
     lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    kind = name.removeprefix(PREFIX).split("_")[0]
     task = {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str((final / f"{name}.jsonl").absolute())}},
         "test_split": "test",
-        **FORMS[kind],
+        **FORMS[kind_of(name)[0]],
         "metadata": {"version": VERSION},
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
@@ -183,8 +214,12 @@ class _Maker:
         return [decode(self.tokenizer, fragment.tokens) for fragment in self.fragments(source)]
 
     def make(self, name: str) -> list[make.Item]:
-        kind, _, source = name.removeprefix(PREFIX).partition("_")
-        count, seed, tokenizer = COUNTS[kind], self.seed, self.tokenizer
+        kind, source = kind_of(name)
+        seed, tokenizer = self.seed, self.tokenizer
+        count = COUNTS[kind if kind in COUNTS else kind.partition("_")[0]]
+        if kind in PER_LENGTH:
+            many, choices = "multi" in kind, kind.endswith("choice")
+            return needle(tokenizer, many, choices, int(source), count, seed)
         makers: dict[str, Callable[[], list[make.Item]]] = {
             "recall": lambda: make.recall(tokenizer, self.window, self.sequence, count, seed),
             "addition": lambda: make.addition(count, seed),
