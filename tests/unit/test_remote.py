@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_support import make_config, make_job, make_shards
@@ -113,6 +115,30 @@ def test_a_store_that_does_not_answer_twice_is_asked_again(tmp_path, store, monk
     monkeypatch.setattr(remote, "_downloader", lambda scheme: Moody())
     token_folder(make_training(tmp_path, f"file://{store}"))
     assert len(calls) == 2 + 3
+
+
+def test_threads_of_a_stream_fetch_a_shard_once_and_streams_do_not_take_each_other_s_copy(tmp_path, store, monkeypatch):
+    folder = token_folder(make_training(tmp_path, f"file://{store}")) / "mine" / "train"
+    real, asked = remote._downloader("file"), []
+
+    class Slow:
+        def download(self, url, local, timeout):
+            asked.append(url)
+            real.download(url, local, timeout)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(remote, "_downloader", lambda scheme: Slow())
+    shards = Shards(folder)
+    with ThreadPoolExecutor(4) as threads:
+        assert [int(s["tokens"][0]) for s in threads.map(shards.__getitem__, range(23))] == list(range(23))
+    assert len(asked) == len(set(asked)) == len(shards.index)
+    shutil.rmtree(folder / ".raw")
+    for file in folder.glob("shard.*"):
+        file.unlink()
+    streams = [Shards(folder) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert [int(s["tokens"][0]) for s in threads.map(lambda shards: shards[0], streams)] == [0] * 4
+    assert not [file for file in folder.iterdir() if file.suffix == ".tmp"]
 
 
 @pytest.mark.parametrize(

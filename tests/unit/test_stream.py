@@ -3,8 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -185,6 +187,22 @@ def test_an_unpacked_copy_that_was_cut_short_is_made_again(tmp_path):
     for copy in folder.glob(".raw/*.mds"):
         copy.write_bytes(copy.read_bytes()[:-3])
     assert read_samples(folder, 9).tokens[:, 0].tolist() == list(range(9))
+
+
+def test_threads_of_a_process_unpack_the_same_shard_at_once(tmp_path, monkeypatch):
+    """Each has a stream of its own over the folder, as training and validation may; none takes the other's file."""
+    folder, both, replace = make_shards(tmp_path / "a", 4), Barrier(2), Path.replace
+
+    def meet(path: Path, target: Path) -> Path:
+        both.wait(timeout=30)
+        return replace(path, target)
+
+    readers = [Shards(folder), Shards(folder)]
+    monkeypatch.setattr(Path, "replace", meet)
+    with ThreadPoolExecutor(2) as threads:
+        read = list(threads.map(lambda shards: shards[0]["tokens"][0], readers))
+    assert read == [0, 0]
+    assert [file.suffix for file in (folder / ".raw").iterdir()] == [".mds"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped"])

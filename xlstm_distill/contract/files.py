@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Any, BinaryIO
 
 import xxhash
 import yaml
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it is renamed to `path`: hidden, and another one for each thread, process and node
+    (nodes share folders)."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}-{threading.get_native_id()}.tmp")
 
 
 def write_atomic(path: Path, text: str, durable: bool = True) -> None:
@@ -22,13 +29,13 @@ def write_bytes_atomic(path: Path, data: bytes, durable: bool = True) -> None:
     """Replace `path` by `data` so that a reader or a crash of this process sees the old file or the new one, never a
     part; with `durable` also a crash of the machine, for which the disk is waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")  # nodes share folders
-    with beside.open("wb") as file:
+    written = beside(path)
+    with written.open("wb") as file:
         file.write(data)
         if durable:
             file.flush()
             os.fsync(file.fileno())
-    beside.replace(path)
+    written.replace(path)
     if durable:
         sync(path.parent)
 

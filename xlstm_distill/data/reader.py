@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from xlstm_distill.contract.exitcode import Mistake
+from xlstm_distill.contract.files import write_bytes_atomic
 from xlstm_distill.data.remote import checked
 from xlstm_distill.data.shards import import_streaming, read_index
 
@@ -21,7 +23,7 @@ class Shards:
 
     Compressed shards are unpacked once, into the hidden folder `.raw` beside them (no manifest counts hidden files, and
     it goes when the shards go), or below the temporary folder where that cannot be written. Files there are named by
-    their hash and renamed into place, so ranks and jobs share them without a lock.
+    their hash and renamed into place, so threads, ranks and jobs share them without a lock.
 
     Raises:
         Mistake: a file is missing or damaged; the line names it.
@@ -36,6 +38,7 @@ class Shards:
             raise Mistake(f"{folder}: holds no samples; give its source more documents")
         self._ends = self.sizes.cumsum()
         self._readers: dict[int, Any] = {}
+        self._opening = [threading.Lock() for _ in self.index]  # a shard is fetched and unpacked by one of the threads
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -43,8 +46,9 @@ class Shards:
     def __getitem__(self, number: int) -> dict[str, Any]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         place = number - int(self._ends[shard] - self.sizes[shard])
-        if shard not in self._readers:
-            self._readers[shard] = self._open(shard)
+        with self._opening[shard]:
+            if shard not in self._readers:
+                self._readers[shard] = self._open(shard)
         try:
             return dict(self._readers[shard].get_item(place))
         except FileNotFoundError:  # it was there when it was opened: unpack it anew, or name it
@@ -75,9 +79,7 @@ class Shards:
         from streaming.base.compression import decompress
 
         packed = _verified(self._file(info["zip_data"]), info["zip_data"])
-        beside = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-        beside.write_bytes(decompress(info["compression"], packed))
-        beside.replace(file)
+        write_bytes_atomic(file, decompress(info["compression"], packed), durable=False)
         return file
 
     def _file(self, info: Mapping[str, Any]) -> Path:

@@ -6,7 +6,6 @@ credentials that it asks for, and `file://` for a folder.
 
 import errno
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.files import hash_value, write_json
+from xlstm_distill.contract.files import beside, hash_value, write_json
 
 NOTE = ".remote"
 """Names the remote folder, in the folder that mirrors it; hidden, so no manifest counts it."""
@@ -72,14 +71,14 @@ def checked(file: Path, problem: Callable[[], str], tries: int = TRIES) -> str:
 def _fetch(url: str, file: Path) -> str:
     """Put a copy of `url` at `file`, and say why where that fails."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.uname().nodename}-{os.getpid()}")
+    copied = beside(file)
     downloader = _downloader(url.split("://")[0])
     try:
-        beside.unlink(missing_ok=True)
-        downloader.download(url.removeprefix("file://"), str(beside), TIMEOUT)
-        beside.replace(file)
+        copied.unlink(missing_ok=True)
+        downloader.download(url.removeprefix("file://"), str(copied), TIMEOUT)
+        copied.replace(file)
     except Exception as error:  # every store has kinds of its own
-        beside.unlink(missing_ok=True)
+        copied.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         return f" ({' '.join(str(error).split())[:200] or type(error).__name__})"

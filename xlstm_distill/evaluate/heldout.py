@@ -4,7 +4,6 @@ Only final hidden states of a batch are kept whole; logits exist for `CHUNK` pos
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,13 +201,13 @@ def save_hidden(path: Path, hidden: Tensor, key: str) -> None:
     """
     from safetensors.torch import save_file
 
-    from xlstm_distill.contract.files import sync
+    from xlstm_distill.contract.files import beside, sync
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
-    save_file({"hidden": hidden.contiguous()}, beside, metadata={"key": key})
-    sync(beside)
-    beside.replace(path)
+    written = beside(path)
+    save_file({"hidden": hidden.contiguous()}, written, metadata={"key": key})
+    sync(written)
+    written.replace(path)
     sync(path.parent)
 
 
