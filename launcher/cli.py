@@ -186,6 +186,7 @@ def gate(
         list[str] | None, typer.Option(metavar="TASK=R", help="Least recovery of a task, gsm8k=0.9; repeatable.")
     ] = None,
     scores: Scores = "",
+    json: Annotated[bool, typer.Option("--json", help="Print every condition and what decided it as JSON.")] = False,
     runs: Runs = "runs",
 ) -> None:
     """Exit with 0 where a student is good enough, with 1 where it is not, and say which task decided."""
@@ -196,7 +197,7 @@ def gate(
     arguments += [f"--scores={scores}"] if scores else []
     arguments += [f"--max-critical-tolerance={max_critical_tolerance}"] if max_critical_tolerance else []
     arguments += [f"--min-recovery={condition}" for condition in min_recovery or []]
-    raise typer.Exit(run_module("gate", [*arguments, f"--student={student}"]))
+    raise typer.Exit(run_module("gate", [*arguments, f"--student={student}", *["--json"] * json]))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

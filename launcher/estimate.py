@@ -23,10 +23,12 @@ from launcher.progress import last_record
 from launcher.render import elements_of
 from xlstm_distill.contract import ledger
 from xlstm_distill.contract.devices import Device, find_device
+from xlstm_distill.contract.files import read_lines
 from xlstm_distill.contract.flops import step_flops
 from xlstm_distill.contract.job import Job
 from xlstm_distill.contract.schema import Config
 from xlstm_distill.contract.state import TRAINING, State
+from xlstm_distill.merge.candidates import candidates
 
 MFU = 0.3
 """Share of the peak that a step is assumed to reach on GPUs, until a job has measured its own. Dense models of these
@@ -35,6 +37,8 @@ CPU_MFU = 0.6
 """The same on CPUs: the demo's two stages reach .5 to .7 of `CORE_FLOPS`."""
 CORE_FLOPS = 100e9
 """FLOP/s in float32 of a core: 2 × 16 multiplications with addition per cycle, at some 3 GHz."""
+LINEAR, RELATIVES = 3.5e8, 4e7
+"""Elements of all experts per second that a search merges on the CPU: the mean, and TIES or DARE (two cores)."""
 FLOAT32_SHARE = 1 / 16
 """Of a GPU's bfloat16 peak, in float32: A100 19.5 of 312 TFLOP/s, H100 67 of 989."""
 WITH_MODELS = (*TRAINING, "cache")
@@ -156,7 +160,25 @@ def _hours(job: Job, config: Config, path: Path, steps: int, tokens: Mapping[str
         # On Slurm an element per piece; here one after the other.
         count = max(pieces) if config.cluster.kind != "local" and elements_of(job) > 1 else sum(pieces)
         return flops * count / speed(job, config) / 3600, False
+    if job.stage == "merge" and config.merge.search:
+        return _search_hours(job, config, path), False
     return None, False
+
+
+def _search_hours(job: Job, config: Config, path: Path) -> float | None:
+    """Of the candidates that are left: each is merged, and asked on the held-out sequences. None where tasks are asked
+    too, or where a student's operations are not known."""
+    teacher, merge = config.teacher, config.merge
+    if merge.tasks or config.student.kind != "hybrid" or not teacher.num_hidden_layers:
+        return None
+    sequence, kept = config.data.sequence, len(read_lines(path / "checkpoints/search.jsonl"))
+    left = candidates(config.specialists, merge.search, merge.tried)[kept:]
+    flops = step_flops("distill", teacher, config.student, sequence, online=True)
+    head = 2.0 * teacher.hidden_size * teacher.vocab_size  # the teacher's, whose hidden states are kept
+    asked = config.eval.samples * len(config.sources) * sequence * (len(left) * (flops.forward + head) + flops.teacher)
+    elements = len(config.specialists) * sizes(teacher, config.student).total
+    merged = sum(elements / (LINEAR if candidate.method == "linear" else RELATIVES) for candidate in left)
+    return (asked / speed(job, config) + merged) / 3600
 
 
 def _host(job: Job, config: Config) -> float:

@@ -1,6 +1,7 @@
 """`xdl plan`: formulas against models, torch's allocations, the codec, sums by hand; what cannot fit is refused."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from launcher.caching import Caching, choices_of
 from launcher.cli import main
 from launcher.compose import compose
 from launcher.disk import present, target_bytes, tokens_of
-from launcher.estimate import CORE_FLOPS, CPU_MFU, MFU, Estimate, estimates, refusals
+from launcher.estimate import CORE_FLOPS, CPU_MFU, LINEAR, MFU, RELATIVES, Estimate, estimates, refusals
 from launcher.memory import peak
 from launcher.parameters import count
 from launcher.plan import plan, states
@@ -201,6 +202,27 @@ def test_hours_are_the_steps_flops_at_the_assumed_share_of_the_devices_peak() ->
     here = compose(["cluster=slurm", "cluster.stages.align.cpus_per_task=4"]).config
     flops = step_flops("align", here.teacher, here.student, 512).total
     assert made(here)["align"].hours == pytest.approx(flops * 49152 / (4 * CORE_FLOPS * CPU_MFU) / 3600)
+
+
+def test_hours_of_a_search_are_those_of_the_candidates_that_are_left(tmp_path: Path) -> None:
+    """recipe=hour: three experts in thirds are ten means; seven of them are no expert alone, so TIES has seven."""
+    config = compose(["recipe=hour", "cluster=local"]).config
+    cores = len(os.sched_getaffinity(0))
+    flops = step_flops("distill", config.teacher, config.student, 512, online=True)
+    sequences = 3 * 8 * 512
+    student = sequences * (flops.forward + 2 * 576 * 49152) / (cores * CORE_FLOPS * CPU_MFU)
+    teacher = sequences * flops.teacher / (cores * CORE_FLOPS * CPU_MFU)
+    elements = 3 * count(config.teacher, config.student).total
+    assert made(config, tmp_path)["merge"].hours == pytest.approx(
+        (teacher + 17 * student + elements * (10 / LINEAR + 7 / RELATIVES)) / 3600
+    )
+    for _ in range(11):
+        append_line(tmp_path / "jobs/merge/checkpoints/search.jsonl", {})
+    assert made(config, tmp_path)["merge"].hours == pytest.approx(
+        (teacher + 6 * student + elements * 6 / RELATIVES) / 3600
+    )
+    for other in ("merge.tasks=[local_perplexity]", "merge.search=0"):
+        assert made(compose(["recipe=hour", "cluster=local", "merge.methods=[]", other]).config)["merge"].hours is None
 
 
 def test_a_job_that_has_measured_its_own_pace_is_foretold_by_it(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_program_without_an_end_is_killed(program, confine, monkeypatch):
     monkeypatch.setattr(sandbox, "START_SECONDS", 2.0)
     began = time.monotonic()
     assert "killed" in run_program(program, confine, seconds=1).why
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow

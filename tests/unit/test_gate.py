@@ -43,6 +43,21 @@ def test_the_exit_code_says_whether_every_condition_holds_and_the_line_which_tas
     assert said in capsys.readouterr().out
 
 
+def test_json_has_the_conditions_and_what_decided_them(scores, capsys):
+    asked = ["--max-critical-tolerance=0.05", "--min-recovery=d=0.5", "--json"]
+    assert main([scores, *asked]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["student"], told["holds"], told["without_score"]) == ("merged", False, [])
+    short = [[c[key] for key in ("condition", "task", "bound", "found", "holds")] for c in told["conditions"]]
+    assert short == [
+        ["max_critical_tolerance", "b", 0.05, pytest.approx(0.02), True],
+        ["min_recovery", "d", 0.5, pytest.approx(0.2), False],
+    ]
+    assert main([scores, "--student=math", "--min-recovery=d=0.1", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["conditions"][0]["found"], told["without_score"]) == (None, ["c", "d"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -151,7 +151,7 @@ def start_launch(tmp_path: Path, **environment: str) -> "subprocess.Popen[str]":
     )
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -165,12 +165,12 @@ def test_ctrl_c_waits_for_the_checkpoint_and_the_same_command_goes_on(tmp_path: 
     launch = start_launch(tmp_path, FAKE_STEP="0.3")
     wait_for((run / "jobs/fetch/steps").exists)
     os.killpg(launch.pid, number)
-    text = launch.communicate(timeout=30)[0]
+    text = launch.communicate(timeout=120)[0]
     assert launch.returncode == 75
     assert "waiting for the checkpoint" in text
     assert "go on with: xdl" in text
     assert not (run / "jobs/fetch/stop").exists()
-    assert start_launch(tmp_path).wait(timeout=30) == 0
+    assert start_launch(tmp_path).wait(timeout=120) == 0
     assert steps(run, "fetch") == list("12345")
 
 
@@ -183,7 +183,7 @@ def test_a_launch_that_is_killed_takes_its_job_along_and_the_next_one_goes_on(tm
     launch.wait()
     (run / "jobs/fetch/stop").touch()  # a stale one must not stop the next launch
     again = start_launch(tmp_path)
-    assert again.wait(timeout=30) == 0
+    assert again.wait(timeout=120) == 0
     assert steps(run, "fetch") == list("12345")
 
 
@@ -192,7 +192,7 @@ def test_a_second_launch_while_one_runs_is_one_line(tmp_path: Path) -> None:
     first = start_launch(tmp_path, FAKE_STEP="0.3")
     wait_for((tmp_path / "runs/r/jobs/fetch/steps").exists)
     second = start_launch(tmp_path)
-    text = second.communicate(timeout=30)[0]
+    text = second.communicate(timeout=120)[0]
     assert second.returncode == 2
     assert f"process {first.pid} on" in text
     assert text.count("\n") == 1

@@ -11,8 +11,9 @@ from xlstm_distill.contract.job import World
 from xlstm_distill.contract.schema import Merge
 from xlstm_distill.evaluate import heldout
 from xlstm_distill.evaluate.models import find_model, load_model
+from xlstm_distill.merge.candidates import candidates, simplex
 from xlstm_distill.merge.measure import Meter
-from xlstm_distill.merge.search import candidates, choose, simplex, verdict
+from xlstm_distill.merge.search import choose, verdict
 from xlstm_distill.merge.stage import run
 from xlstm_distill.merge.table import draw, table
 from xlstm_distill.runtime.metrics import read_metrics

@@ -4,13 +4,16 @@ Exit code 0: every condition holds; 1: one does not; 2: there is nothing to judg
 """
 
 import argparse
+import json
 import math
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 from xlstm_distill.contract.exitcode import DONE, MISTAKE, Mistake
 from xlstm_distill.evaluate.board import Board
@@ -24,10 +27,22 @@ REFUSED = 1
 """Exit code of a condition that does not hold."""
 
 
-def judge(
-    board: Board, student: str, tolerance: float | None, recovery: Mapping[str, float]
-) -> Iterator[tuple[bool, str]]:
-    """`(holds, in words)` of each condition.
+@dataclass(frozen=True)
+class Judgement:
+    """One condition, held against the scores."""
+
+    condition: Literal["max_critical_tolerance", "min_recovery"]
+    task: str
+    """The one that decided."""
+    bound: float
+    found: float | None
+    """α* or the recovery; None for α* = ∞ and where there is no recovery."""
+    holds: bool
+    words: str
+
+
+def judge(board: Board, student: str, tolerance: float | None, recovery: Mapping[str, float]) -> Iterator[Judgement]:
+    """Hold each condition against the scores.
 
     Args:
         board: of the scores.
@@ -47,22 +62,25 @@ def judge(
         yield _judge_recovery(comparison, task, least)
 
 
-def _judge_tolerance(comparison: Comparison, most: float) -> tuple[bool, str]:
+def _judge_tolerance(comparison: Comparison, most: float) -> Judgement:
     star, task, count = comparison.critical_tolerance, comparison.decisive, len(comparison.drops)
     holds = star <= most + SLACK
     place = f"number {math.ceil(count / 2)} of {count} by drop"
     why = "which has no score" if task in comparison.missing else f"whose score drops by {number(star, 3)}"
-    return holds, f"α* {number(star, 3)} {'≤' if holds else '>'} {most:g}: decided by {task}, {why} ({place})"
+    words = f"α* {number(star, 3)} {'≤' if holds else '>'} {most:g}: decided by {task}, {why} ({place})"
+    return Judgement("max_critical_tolerance", task, most, star if math.isfinite(star) else None, holds, words)
 
 
-def _judge_recovery(comparison: Comparison, task: str, least: float) -> tuple[bool, str]:
+def _judge_recovery(comparison: Comparison, task: str, least: float) -> Judgement:
     found = comparison.recovery[task]
     if task in comparison.missing:
-        return False, f"recovery of {task}: no score, counted as lost (least: {least:g})"
-    if found is None:
-        return True, f"recovery of {task}: the teacher scores 0, a tie (least: {least:g})"
-    holds = found >= least - SLACK
-    return holds, f"recovery of {task} {number(found, 3)} {'≥' if holds else '<'} {least:g}"
+        holds, words = False, f"recovery of {task}: no score, counted as lost (least: {least:g})"
+    elif found is None:
+        holds, words = True, f"recovery of {task}: the teacher scores 0, a tie (least: {least:g})"
+    else:
+        holds = found >= least - SLACK
+        words = f"recovery of {task} {number(found, 3)} {'≥' if holds else '<'} {least:g}"
+    return Judgement("min_recovery", task, least, found, holds, words)
 
 
 def _comparison(board: Board, student: str) -> Comparison:
@@ -126,13 +144,14 @@ def _share(flag: str, text: str, value: str) -> float:
 
 
 def main(argv: list[str]) -> int:
-    """`gate RUN_DIR|--scores FILE [--student S] [--max-critical-tolerance A] [--min-recovery TASK=R]…`."""
+    """`gate RUN_DIR|--scores FILE [--student S] [--max-critical-tolerance A] [--min-recovery TASK=R]… [--json]`."""
     parser = argparse.ArgumentParser(prog="xdl gate", description="Whether a student is good enough.")
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--scores", type=Path)
     parser.add_argument("--student", default=MERGED)
     parser.add_argument("--max-critical-tolerance", default="")
     parser.add_argument("--min-recovery", action="append", default=[])
+    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
     try:
         return _gate(arguments)
@@ -156,8 +175,14 @@ def _gate(arguments: argparse.Namespace) -> int:
     student = arguments.student
     board = read_board(arguments.scores) if arguments.scores else board_of_run(arguments.run, student)
     found = list(judge(board, student, tolerance, recovery))
-    for holds, words in found:
-        print(f"{'pass' if holds else 'FAIL'} {student}: {words}")
-    if missing := board.comparisons[student].missing:
+    holds, missing = all(judgement.holds for judgement in found), board.comparisons[student].missing
+    if arguments.json:
+        conditions = [asdict(judgement) for judgement in found]
+        told = {"student": student, "holds": holds, "conditions": conditions, "without_score": missing}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return DONE if holds else REFUSED
+    for judgement in found:
+        print(f"{'pass' if judgement.holds else 'FAIL'} {student}: {judgement.words}")
+    if missing:
         print(f"     {student}: without a score, counted as lost: {', '.join(missing)}")
-    return DONE if all(holds for holds, _ in found) else REFUSED
+    return DONE if holds else REFUSED

@@ -4,8 +4,8 @@ folder.py   a model's safetensors, one file or many        read.py     the same,
 linear.py   Eq. 14, tensors of the experts → one           methods.py  TIES, DARE and others, over task vectors
 weights.py  λ by expert and part                           verify.py   whether the experts belong together
 write.py    the merged folder, whole or not at all         search.py   λ by validation
-measure.py  what a merge is worth, before it is written    table.py    what a search found, as text and figure
-stage.py    the `merge` stage
+candidates.py  what a search tries                         table.py    what it found, as text and figure
+measure.py  what a merge is worth, before it is written    stage.py    the `merge` stage
 """
 
 from xlstm_distill.merge.folder import Entry, ModelFolder
