@@ -50,8 +50,12 @@ TEXTS = 400
 """Documents of the needles' source; their seed is not that of the items."""
 STUDENTS = {
     "base": ["data.sequence=512"],
-    "short": ["data.sequence=128"],
+    "short": [
+        "data.sequence=128",
+        *(f"{stage}.{key}=4" for stage in ("align", "distill") for key in ("batch", "micro_batch")),
+    ],
     "long": ["data.sequence=2048"],
+    "reset": ["data.sequence=512", "student.reset_at_documents=true"],
     "forget": ["data.sequence=512", "student.forget_gate_bias=[5.0,10.0]"],
     "hedgehog": ["data.sequence=512", "student.feature_map=hedgehog"],
     "needles": ["data.sequence=512"],
@@ -59,8 +63,9 @@ STUDENTS = {
     "moved": ["data.sequence=512", "student.window=16"],
     "shifted": ["data.sequence=512", "student.window=32"],
 }
-"""Settings of each. `needles` has them in its mixture. Some layers of `wide` see all of what a sample holds; those of
-`moved` and `shifted` as far as the state of `base` reaches, which the other layers give up for them."""
+"""Settings of each; as many steps, but for `long`, whose samples are fewer. `needles` has them in its mixture. Some
+layers of `wide` see all of what a sample holds; those of `moved` and `shifted` as far as the state of `base` reaches,
+which the other layers give up for them."""
 NARROW = {"moved": 16, "shifted": 32}
 """Windows of the other layers."""
 
@@ -111,34 +116,39 @@ def students(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     sets = {length: list(_items(tokenizer, length, options.items)) for length in LENGTHS}
     found: dict[str, Any] = {}
 
-    def take(name: str, load: Callable[[], Any], shards: Path | None = None) -> None:
+    def take(name: str, load: Callable[[], Any], trained: bool = True) -> None:
         kept = root / f"{name}-{options.items}-{options.tokens}.json"
         if not kept.exists():
             model = load()
             result: dict[str, Any] = {length: _score(model, tokenizer, items) for length, items in sets.items()}
             if isinstance(model, HybridForCausalLM):
                 result["state_mb"] = model.config.state_bytes() / 1e6
-            if shards:
-                result["kl"] = _held_out(model, teacher, shards)
+            if trained:
+                result["kl"] = _held_out(model, teacher, root / "base/jobs/tokenize/output")
             kept.write_text(json.dumps(result), encoding="utf-8")
         found[name] = json.loads(kept.read_text(encoding="utf-8"))
         print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
 
-    take("teacher", lambda: teacher)
-    take("window", lambda: _window_only(teacher, root))
+    take("teacher", lambda: teacher, trained=False)
+    take("window", lambda: _window_only(teacher, root), trained=False)
+    _make(root / "base/jobs", [*_settings("base", options), "stage=align"])  # all are asked on its held-out samples
     for name in options.students:
         plain = name.removesuffix("+")
         jobs = root / plain / "jobs"
-        settings = [*COMMON, *STUDENTS[plain], f"align.tokens={options.tokens}", f"distill.tokens={options.tokens}"]
+        settings = _settings(plain, options)
         if reach := 4096 if plain == "wide" else _moved(options.wide, NARROW.get(plain, 0)):
             settings += [f"student.layer_windows.{layer}={reach}" for layer in options.wide]
         settings += _needle_source(root, tokenizer) if plain == "needles" else []
         _make(jobs, [*settings, "stage=align"])
-        take(plain, partial(_load, jobs / "align/output/student"), jobs / "tokenize/output")
+        take(plain, partial(_load, jobs / "align/output/student"))
         if name.endswith("+"):
             _make(jobs, [*settings, "stage=distill"])
-            take(name, partial(_load, jobs / "distill-code/output/student"), jobs / "tokenize/output")
+            take(name, partial(_load, jobs / "distill-code/output/student"))
     return found
+
+
+def _settings(name: str, options: argparse.Namespace) -> list[str]:
+    return [*COMMON, *STUDENTS[name], f"align.tokens={options.tokens}", f"distill.tokens={options.tokens}"]
 
 
 def _moved(wide: Sequence[int], narrow: int) -> int:

@@ -6,12 +6,14 @@ RUNS/.doctor/TIME/jobs/check/  submit.sbatch  nodes  logs/  reports/rank-R.json
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,12 +119,18 @@ def _wait(id: str, folder: Path, ranks: int) -> str:
         time.sleep(POLL)
 
 
+def _free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to whoever connects meanwhile."""
+    while True:
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", random.randrange(15_000, 30_000)))
+            return int(free.getsockname()[1])
+
+
 def _run_here(config: Config, job: Job, folder: Path) -> str:
     """Run the ranks on this machine; their exit codes in words."""
     ranks = ranks_of(job.placement)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     threads = config.strategy.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
     paths = os.pathsep.join([str(package_folder().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     common = {**os.environ, "PYTHONPATH": paths, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(threads)}

@@ -21,6 +21,8 @@ from xlstm_distill.contract.schema import Config
 
 ORPHAN_WAIT = 300.0
 """Seconds that a new launch waits for the last job of one that was killed: it is writing its checkpoint."""
+ASKED_WAIT = 1.0
+"""Seconds of that in which `status` may hold the lock, to see whether anybody does."""
 
 
 def run_name(config: Config) -> str:
@@ -104,15 +106,15 @@ def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        deadline = time.monotonic() + ORPHAN_WAIT
+        began = time.monotonic()
         waiting = False
         while not _take(descriptor, folder):
             owner = os.pread(descriptor, 100, 0).decode(errors="replace").split()
             pid = int(owner[0]) if owner and owner[0].isdigit() else 0
-            if _alive(pid) or time.monotonic() > deadline:
+            if _alive(pid) or time.monotonic() > began + ORPHAN_WAIT:
                 who = f"process {pid} on {owner[1]}" if len(owner) > 1 else "another process"
                 raise Mistake(f"{folder}: {who} is launching this run; wait for it, stop it, or give --name NEW")
-            if not waiting:
+            if not waiting and time.monotonic() > began + ASKED_WAIT:
                 say("an earlier launch was killed; waiting for its job to write a checkpoint …")
                 waiting = True
             time.sleep(0.2)

@@ -253,7 +253,7 @@ def held(lock: Path) -> tuple[int, str] | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may ask too
     except BlockingIOError:
         words = os.pread(descriptor, 100, 0).decode(errors="replace").split()
         return (int(words[0]), words[1]) if len(words) == 2 and words[0].isdigit() else (0, "")

@@ -25,12 +25,19 @@ for pair in sys.argv[1:]:
 """
 
 
-def free_port() -> int:
-    """A port that nobody listens on, below those that the kernel gives to whoever connects."""
-    while True:
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on, below those that the kernel gives to whoever connects."""
+    found: set[int] = set()
+    while len(found) < count:
         with socket.socket() as taken, suppress(OSError):
             taken.bind(("", random.SystemRandom().randrange(10_000, 15_000)))
-            return taken.getsockname()[1]
+            found.add(taken.getsockname()[1])
+    return list(found)
+
+
+def free_port() -> int:
+    """One of them."""
+    return free_ports(1)[0]
 
 
 class Ranks:
@@ -96,10 +103,10 @@ class Ranks:
 
 def start(jobs: list[JobFolder], world: int, *, node: int = 0, path: Path | None = None) -> Ranks:
     """Run jobs one after another on the same ranks."""
-    pairs = [f"{free_port()}={job.path}" for job in jobs]
+    pairs = [f"{port}={job.path}" for port, job in zip(free_ports(len(jobs)), jobs, strict=True)]
     return Ranks(["-c", JOBS, *pairs], world, jobs[-1].path / "logs", node=node, path=path)
 
 
 def spread(jobs: list[JobFolder], world: int, code: int = 0, seconds: float = 240, **options: object) -> str:
     """The same, to their end; returns what the ranks said."""
-    return start(jobs, world, **options).wait(code, seconds)  # type: ignore[arg-type]
+    return start(jobs, world, **options).wait(code, seconds * len(jobs))  # type: ignore[arg-type]

@@ -132,7 +132,7 @@ def test_a_capture_that_is_stopped_keeps_the_finished_shards_and_goes_on(jobs, t
     first, second = SOURCES
     ranks = start([folder], world, path=patch(tmp_path / "path", SLOW_CAPTURE))
     ranks.until(lambda: (folder.path / f"pieces/{first}.json").exists())
-    time.sleep(random.uniform(0, 1))
+    time.sleep(random.uniform(0, 0.4))
     ranks.processes[-1].send_signal(signal.SIGUSR2)
     ranks.wait(STOPPED)
     kept = (folder.path / f"pieces/{first}.json").read_bytes()

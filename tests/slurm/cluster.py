@@ -54,8 +54,8 @@ GresTypes=gpu
 ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=3
-MessageTimeout=3
-TCPTimeout=1
+MessageTimeout=30
+TCPTimeout=10
 KillWait=3
 # Ended jobs stay in `scontrol show job`.
 MinJobAge=3600
@@ -65,7 +65,7 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=5
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 {accounting}
 {nodes}
@@ -105,7 +105,7 @@ def missing(programs: tuple[str, ...] = PROGRAMS) -> list[str]:
 
 
 class SlurmCluster:
-    """Partitions `main` (default, can be preempted after 5 s) and `high` (preempts it); nodes `node0`, `node1`, ….
+    """Partitions `main` (default, can be preempted after 20 s) and `high` (preempts it); nodes `node0`, `node1`, ….
 
     `start` takes half a second, with accounting 5. `stop` ends every process of the cluster, its jobs included.
     """

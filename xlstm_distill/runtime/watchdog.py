@@ -4,7 +4,8 @@ Each rank has a thread that keeps its heartbeat (`runtime/heartbeat.py`) in a fi
 whichever it is. The thread of any rank that has made no step for T seconds reads all of them, says whom the others are
 waiting for, and ends its process; all ranks wait for that one, so all of them do this at about the same time. A main
 thread that holds the interpreter's lock stops this thread too: then faulthandler, in C, prints all stacks and ends the
-process, when its timer runs out or when another rank on the host asks for it.
+process, when its timer runs out or when another rank on the host asks for it. A wait for a save may last longer than T,
+but not for a rank whose process does not run.
 """
 
 import faulthandler
@@ -47,7 +48,7 @@ class Watchdog:
     def __init__(self, folder: Path, world: World, seconds: float) -> None:
         self.folder, self.world, self.seconds = folder, world, seconds
         self._beats = folder / "heartbeats"
-        self._last = (0, 0, "start", time.monotonic())
+        self._last = (0, 0, "start", time.monotonic(), 0.0)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -66,39 +67,58 @@ class Watchdog:
     ) -> None:
         if self.seconds:
             self._ended.set()
-            self._thread.join(1.0)  # it may be waiting for the file system
+            self._thread.join(5.0)  # it may be waiting for the file system
             faulthandler.cancel_dump_traceback_later()
             with suppress(OSError):
                 heartbeat.path_of(self._beats, self.world.rank).unlink(missing_ok=True)
 
-    def beat(self, step: int, phase: str) -> None:
-        """The main thread is at the beginning of `phase` of `step`. As often on every rank; costs a microsecond."""
-        self._last = (self._last[0] + 1, step, phase, time.monotonic())
+    def beat(self, step: int, phase: str, patience: float = 0.0) -> None:
+        """The main thread is at the beginning of `phase` of `step`. As often on every rank; costs a microsecond.
+
+        Args:
+            step: steps made.
+            phase: in a word.
+            patience: seconds that it may last where they are more than T, as long as the processes of all ranks run: it
+                waits for a disk.
+        """
+        count = self._last[0] + (not patience)  # a save may be over before some of the ranks would wait
+        self._last = (count, step, phase, time.monotonic(), patience)
 
     def _watch(self) -> None:
         """The thread: wakes for the next heartbeat, or when T seconds without a step are over."""
         between = min(self.seconds / 4, MOST_SECONDS_BETWEEN)
         due = time.monotonic()
+        excused = 0.0
         while True:
             now = time.monotonic()
-            beats, _, _, since = self._last
-            if beats and now - since >= self.seconds:
-                self._end(now - since)
+            beats, _, _, since, patience = self._last
+            bound = max(since + self.seconds, excused)
+            if beats and now >= bound:
+                if now - since >= patience or self._silent():
+                    self._end(now - since)
+                bound = excused = now + self.seconds / 2
             if now >= due:
                 due = now + between
                 if beats:  # also re-arms; a start may hold the interpreter's lock for long
                     faulthandler.dump_traceback_later(self.seconds + 1, exit=True, file=STDERR)
                 self._write()
-            left = since + self.seconds - now if beats else between
+            left = bound - now if beats else between
             if self._ended.wait(max(0.01, min(due - now, left))):
                 return
 
+    def _silent(self) -> bool:
+        """Whether the process of another rank does not run any more. One that has ended well left no file."""
+        found, now = heartbeat.read(self._beats, self.world.size), time.time()
+        return any(now - beat.time > self.seconds / 2 for rank, beat in found.items() if rank != self.world.rank)
+
     def _write(self) -> None:
+        if self._ended.is_set():
+            return
         with suppress(OSError):  # a full disk is the checkpoint's to tell
             heartbeat.write(self._beats, self._mine())
 
     def _mine(self) -> Heartbeat:
-        beats, step, phase, since = self._last
+        beats, step, phase, since, _ = self._last
         return heartbeat.take(self.world.rank, beats, step, phase, time.time() - (time.monotonic() - since))
 
     def _end(self, silence: float) -> None:

@@ -33,7 +33,6 @@ T = TypeVar("T")
 LATEST, HASHES, STATE = "latest", "hashes.json", "state.json"
 UNKNOWN_SECONDS = 30.0
 """Stands for a save until one was timed."""
-WAITING_SECONDS = 1.0
 LONGEST_SECONDS = 3600.0
 """A save that is waited for longer counts as stuck."""
 
@@ -60,7 +59,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if _distributed() else None
         self._copies = Copies()
         self.waiting: Callable[[], None] = lambda: None
-        """Called every second while a save is waited for, up to `LONGEST_SECONDS`."""
+        """Called before a save is waited for."""
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -96,11 +95,9 @@ class Checkpoints:
             Mistake: it could not be written (disk full, folder read-only, …); the same on every rank.
         """
         if self._writer is not None:
-            began = time.monotonic()
-            while self._writer.is_alive():
-                self._writer.join(WAITING_SECONDS)
-                if time.monotonic() - began < LONGEST_SECONDS:
-                    self.waiting()
+            if self._writer.is_alive():
+                self.waiting()
+            self._writer.join()
             self._writer = None
         error, self._error = self._error, None
         if error is not None:

@@ -186,7 +186,7 @@ class _Run:
             folder.path, self.at.steps, resume_at=resume_at, enabled=world.rank == 0, tensorboard=True
         )
         self.watchdog = Watchdog(folder.path, world, limits.stuck_seconds)
-        self.saver.waiting = lambda: self.watchdog.beat(self.at.done, "checkpoint")
+        self.saver.waiting = lambda: self.watchdog.beat(self.at.done, "checkpoint", checkpoint.LONGEST_SECONDS)
 
     def begin(self) -> None:
         """Enter the start in the ledger; what came before belongs to no step."""

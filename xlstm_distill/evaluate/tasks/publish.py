@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,10 @@ def publish(
         _write_task(beside, folder, name, items.make(name))
     write_json(beside / "tasks.json", {"mark": mark, "tasks": names})
     if folder.exists() and _mark(folder) != mark:
-        shutil.rmtree(folder)
+        stale = beside.with_name(f"{beside.name}.stale")
+        with suppress(OSError):  # another process took it away
+            folder.rename(stale)
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         beside.rename(folder)
     except OSError:  # another process was first
