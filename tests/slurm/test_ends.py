@@ -63,8 +63,8 @@ def test_fifty_signals_leave_fifty_jobs_that_go_on_from_their_checkpoints(user: 
     user.launch("stage=distill")
     for number in range(50):
         job = jobs[number % len(jobs)]
+        user.until(lambda job=job: user.starts(job) and user.checkpoint(job) > user.starts(job)[-1]["at"])
         starts = len(user.starts(job))
-        user.until(lambda job=job, n=starts: user.starts(job) and user.checkpoint(job) > user.starts(job)[n - 1]["at"])
         time.sleep(random.random())
         before = user.checkpoint(job)
         user.cluster.run("scancel", "--signal=USR2", user.ids()[job])
