@@ -144,7 +144,7 @@ def equal(one: dict, two: dict) -> bool:
 @pytest.mark.parametrize("stage", STAGES)
 def test_4_2_1_3_ranks_take_the_samples_of_one_unbroken_run(jobs, tmp_path, stage):
     """4 as two nodes of two; they stop when one is told to. 2 are killed, 1 stops, 3 finish."""
-    budget = {**SETTINGS, "tokens": 60 * TOKENS_PER_STEP}
+    budget = {**SETTINGS, "tokens": 40 * TOKENS_PER_STEP}
     single = training_job(jobs, f"{stage} single", stage, **budget)
     run(single)
     path = recorder(tmp_path / "path")
@@ -169,7 +169,7 @@ def test_4_2_1_3_ranks_take_the_samples_of_one_unbroken_run(jobs, tmp_path, stag
     ranks.processes[2].send_signal(signal.SIGUSR2)
     assert ranks.wait(75).count("stopped at step") == 4
     end = account(folder, 0)
-    assert end == reached(folder) < 50
+    assert end == reached(folder) < 30
     folder, ranks = go_on(2)
     kill_from = end + EVERY
     ranks.until(lambda: saved(folder) >= kill_from and reached(folder) >= saved(folder) + 2)
@@ -181,11 +181,11 @@ def test_4_2_1_3_ranks_take_the_samples_of_one_unbroken_run(jobs, tmp_path, stag
     ranks.wait(75)
     folder.stop_file.unlink()
     end = account(folder, end)
-    assert end < 60
+    assert end < 40
     folder, ranks = go_on(3)
     ranks.wait()
-    assert account(folder, end) == 60
-    assert told == expected(folder, range(60))
+    assert account(folder, end) == 40
+    assert told == expected(folder, range(40))
     assert_near(single, folder)
 
 
