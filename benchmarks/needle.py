@@ -13,7 +13,6 @@ the run folder's own jobs; those that are finished, and what was measured, are k
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -26,16 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from targets import made
 
-from launcher.compose import compose
-from launcher.plan import plan
-from xlstm_distill.contract.job import JobFolder
-from xlstm_distill.contract.state import prepare, state_of
 from xlstm_distill.data.stream import read_samples
 from xlstm_distill.evaluate.heldout import Reference, Sample, final_hidden, measure
 from xlstm_distill.evaluate.tasks.needle import needle
 from xlstm_distill.model import HybridForCausalLM
-from xlstm_distill.stages import run_job
 
 WINDOW, WHOLE, LAYERS = 64, 1 << 20, 30
 LENGTHS = (56, 128, 256, 512, 1024, 2048)
@@ -131,7 +126,7 @@ def students(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     take("teacher", lambda: teacher, trained=False)
     take("window", lambda: _window_only(teacher, root), trained=False)
-    _make(root / "base/jobs", [*_settings("base", options), "stage=align"])  # all are asked on its held-out samples
+    made(root / "base/jobs", [*_settings("base", options), "stage=align"])  # all are asked on its held-out samples
     for name in options.students:
         plain = name.removesuffix("+")
         jobs = root / plain / "jobs"
@@ -139,10 +134,10 @@ def students(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         if reach := 4096 if plain == "wide" else _moved(options.wide, NARROW.get(plain, 0)):
             settings += [f"student.layer_windows.{layer}={reach}" for layer in options.wide]
         settings += _needle_source(root, tokenizer) if plain == "needles" else []
-        _make(jobs, [*settings, "stage=align"])
+        made(jobs, [*settings, "stage=align"])
         take(plain, partial(_load, jobs / "align/output/student"))
         if name.endswith("+"):
-            _make(jobs, [*settings, "stage=distill"])
+            made(jobs, [*settings, "stage=distill"])
             take(name, partial(_load, jobs / "distill-code/output/student"))
     return found
 
@@ -211,7 +206,7 @@ def _teacher(root: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     jobs = root / "base" / "jobs"
-    _make(jobs, [*COMMON, *STUDENTS["base"], "stage=fetch"])
+    made(jobs, [*COMMON, *STUDENTS["base"], "stage=fetch"])
     folder = jobs / "fetch/output/teacher"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
@@ -230,18 +225,6 @@ def _window_only(teacher: Any, root: Path) -> HybridForCausalLM:
 
 def _load(folder: Path) -> HybridForCausalLM:
     return HybridForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def _make(jobs: Path, settings: list[str]) -> None:
-    """The jobs of a graph, those that are not finished, one after another in this process."""
-    config = compose(settings).config
-    for job in plan(config):
-        folder = JobFolder(jobs / job.name, job, config)
-        if not state_of(folder.path, job).done:
-            prepare(folder.path, job)
-            folder.write()
-            run_job(folder.path)
-            gc.collect()
 
 
 if __name__ == "__main__":
