@@ -13,7 +13,6 @@ local_needle_…_LENGTH      one needle (single) or one of several (multi) in a 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from xlstm_distill.contract.exitcode import Mistake
-from xlstm_distill.contract.files import hash_value, sync, write_json
+from xlstm_distill.contract.files import beside, hash_value, sync, write_json
 from xlstm_distill.contract.tasks import PER_LENGTH, PREFIX, local_names
 from xlstm_distill.evaluate.tasks import items as make
 from xlstm_distill.evaluate.tasks.needle import needle
@@ -153,21 +152,21 @@ def publish(
     if _mark(folder) == mark:
         return folder
     items = _Maker(tokenizer, shards, window, sequence, seed)
-    beside = folder.with_name(f".{folder.name}.{os.uname().nodename}-{os.getpid()}")  # nodes share folders
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    written = beside(folder)
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
     for name in names:
-        _write_task(beside, folder, name, items.make(name))
-    write_json(beside / "tasks.json", {"mark": mark, "tasks": names})
+        _write_task(written, folder, name, items.make(name))
+    write_json(written / "tasks.json", {"mark": mark, "tasks": names})
     if folder.exists() and _mark(folder) != mark:
-        stale = beside.with_name(f"{beside.name}.stale")
+        stale = written.with_name(f"{written.name}.stale")
         with suppress(OSError):  # another process took it away
             folder.rename(stale)
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        beside.rename(folder)
+        written.rename(folder)
     except OSError:  # another process was first
-        shutil.rmtree(beside)
+        shutil.rmtree(written)
     sync(folder.parent)
     return folder
 
