@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests/slurm"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests/slurm"), str(ROOT / "tests/unit"), str(ROOT)]
 
 from cluster import SlurmCluster, missing  # noqa: E402
 from slurm_support import EXPERTS, User, write_configs  # noqa: E402

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from ports import free_ports
+
 from xlstm_distill.contract.job import JobFolder
 
 ROOT = Path(__file__).parents[2]
+FIRST_PORT = 10_000
 # Several jobs in one process, one after another, because a start costs more than a job: each with its own rendezvous.
 JOBS = """
 import os, sys
@@ -25,19 +28,9 @@ for pair in sys.argv[1:]:
 """
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on, below those that the kernel gives to whoever connects."""
-    found: set[int] = set()
-    while len(found) < count:
-        with socket.socket() as taken, suppress(OSError):
-            taken.bind(("", random.SystemRandom().randrange(10_000, 15_000)))
-            found.add(taken.getsockname()[1])
-    return list(found)
-
-
 def free_port() -> int:
-    """One of them."""
-    return free_ports(1)[0]
+    """One that nobody listens on."""
+    return free_ports(1, FIRST_PORT)[0]
 
 
 class Ranks:
@@ -103,7 +96,7 @@ class Ranks:
 
 def start(jobs: list[JobFolder], world: int, *, node: int = 0, path: Path | None = None) -> Ranks:
     """Run jobs one after another on the same ranks."""
-    pairs = [f"{port}={job.path}" for port, job in zip(free_ports(len(jobs)), jobs, strict=True)]
+    pairs = [f"{port}={job.path}" for port, job in zip(free_ports(len(jobs), FIRST_PORT), jobs, strict=True)]
     return Ranks(["-c", JOBS, *pairs], world, jobs[-1].path / "logs", node=node, path=path)
 
 

@@ -14,6 +14,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ports import free_ports
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "munged")
 ACCOUNTING = ("slurmdbd", "sacctmgr", "sacct", "mariadbd", "mariadb-install-db", "mariadb")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -172,7 +174,7 @@ class SlurmCluster:
             time.sleep(0.2)
 
     def _write_files(self) -> None:
-        ports = free_ports(3 + len(self.nodes))
+        ports = free_ports(3 + len(self.nodes), 15_000)
         self._ports = {"controller": ports[0], "port": ports[1], "database": ports[2]}
         first_job = random.randrange(1, 50_000)
         addresses = [f"127.0.1.{10 + number}" for number in range(len(self.nodes))]
@@ -272,13 +274,3 @@ def environment_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return b""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that the kernel gives to whoever connects."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as taken, suppress(OSError):
-            taken.bind(("", random.SystemRandom().randrange(15_000, 20_000)))
-            found.append(taken.getsockname()[1])
-    return found if len(set(found)) == count else free_ports(count)

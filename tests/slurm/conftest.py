@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import ACCOUNTING, SlurmCluster, missing
-from slurm_support import User, write_configs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from cluster import ACCOUNTING, SlurmCluster, missing
+from slurm_support import User, write_configs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
